@@ -55,7 +55,7 @@ LEFT: tuple[Selection, ...] = ("failed", "skipped")  # the states of documents w
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is counted: *key* and *more* are expressions over a result; *kept* names the same in the counts of days."""
+    """One thing to count: *key* and *more* are expressions over a result; *kept* names the same in the counts of days."""
 
     key: Any
     kept: Kept

@@ -1,4 +1,4 @@
-"""What the counts of labels are: figures of fields, confidence and models, and examples. Pure."""
+"""Counts of labels: figures of fields, confidence and models, and examples. Pure."""
 
 from __future__ import annotations
 

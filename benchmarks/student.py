@@ -62,7 +62,7 @@ class Judged:
     agreed: NDArray[np.bool_]
 
     def certified(self, promise: float) -> Certificate:
-        """What these conversations certify."""
+        """The certificate of these conversations."""
         return certify(self.scores.tolist(), self.agreed.tolist(), promise)
 
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class View:
-    """What the command knows of one worker. *before* has the counts of its earlier starts."""
+    """The state of one worker, as last reported. *before* has the counts of its earlier starts."""
 
     number: int
     remote: RemoteWorker

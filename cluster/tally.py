@@ -1,4 +1,4 @@
-"""What the workers of a cluster report, and its sums."""
+"""Reports of the workers of a cluster, and their sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.intake import RunOptions
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What each worker of a run gets: the settings of the command, and a directory for the state of workers on each node.
+    """The job of each worker of a run: the settings of the command, and a directory for the state of workers on each node.
 
     *code* identifies version and taxonomy; a node with other ones is refused.
     """

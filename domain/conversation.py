@@ -27,7 +27,7 @@ Message = dict[str, str]  # a chat message: role and content
 BASELINE_MODEL = "baseline-vader-1"
 EMBEDDING_MODEL = "embedded-minilm-1"
 BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
-"""What ``model_used`` names in results of the built-in classifiers. Any language model replaces such results."""
+"""The values of ``model_used`` in results of the built-in classifiers. Any language model replaces such results."""
 
 
 def chat_messages(system_prompt: str, transcript: str) -> list[Message]:

@@ -34,7 +34,7 @@ class ConversationVectors:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What is read of one conversation: the tokens of its pieces, and whether the customer said each."""
+    """The text of one conversation that is read: the tokens of its pieces, and whether the customer said each."""
 
     pieces: list[list[int]]
     is_customer: NDArray[np.bool_]

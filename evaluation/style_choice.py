@@ -55,7 +55,7 @@ Judged = tuple[Conversation, Mapping[str, Labels]]  # with gold labels of some o
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How often a style gave the labels of ``full`` in all fields; *low* is the exact lower bound (0 to 1)."""
+    """The share of conversations for which a style gave the labels of ``full`` in all fields; *low* is the exact lower bound (0 to 1)."""
 
     same: int
     n: int

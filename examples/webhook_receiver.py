@@ -35,7 +35,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class HelpDesk:
-    """What differs between help desks.
+    """The differences between help desks.
 
     *is_genuine* verifies the signature of headers and body with a secret. *conversation_of* returns the body for
     ``POST /classify``, None if the event is of no interest. *labels_request* returns the path and the body of the PUT that

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerPool:
-    """The servers of a run or a service; it stands in for AsyncLLMClient and SharedWindow there. Use ``open_pool``.
+    """The model servers of a run or a service, used there like one AsyncLLMClient and one SharedWindow. Use ``open_pool``.
 
     The first server that answers sets model, version and window. Another one takes calls only if it has the same, unless
     the settings allow mixed models. With *fails_fast*, no call waits while no server takes calls.
