@@ -89,7 +89,7 @@ class BatchProcessor:
     ) -> None:
         base = {} if settings is None else {name: getattr(settings, name) for name in settings.model_fields_set}
         self.settings = load_settings(**{**base, **overrides}) if settings is None or overrides else settings
-        self.options = replace(options or RunOptions(), batch_size=self.settings.batch_size)
+        self._options = options or RunOptions()
         self._given_classify = classify
         self._plan = Plan(plan) if plan else None
         self._client = client
@@ -118,7 +118,7 @@ class BatchProcessor:
             self.files = BatchFiles(self.settings.batch_files_dir)
             self.files.acquire()
             stack.callback(self.files.release)
-            subset = self.options.subset
+            subset = self._options.subset
             self.store = DocumentStore(
                 self.settings, worker_id=worker_id(self.files), client=self._client, subset=subset
             )
@@ -152,7 +152,7 @@ class BatchProcessor:
         classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target, () if self._pool is None else self._pool.other_targets)
         student = await self._open_student(stack, taxonomy, self._plan)
-        if await has_work(self.store, self.files, self.options, self._kinds(self.options)):
+        if await has_work(self.store, self.files, self._options, self._kinds(self._options)):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, self.settings.ollama_num_ctx, sample)
             on_load = recorder.note_load if recorder else None
@@ -188,7 +188,7 @@ class BatchProcessor:
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
         """Return the student that answers before the model; None if it is off or has withdrawn."""
         promise = self.settings.student
-        if promise is None or self.options.only == "student":  # the model redoes what it did
+        if promise is None or self._options.only == "student":  # the model redoes what it did
             return None
         from student.choice import open_first_answer  # noqa: PLC0415 - its packages are optional
 
@@ -234,15 +234,15 @@ class BatchProcessor:
         run = await self._new_run(urgent_first=False)
         return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
 
-    async def run(self) -> dict[str, Any]:
-        """Classify all selected documents; return the statistics.
+    async def run(self, options: RunOptions | None = None) -> dict[str, Any]:
+        """Classify all selected documents; return the statistics. *options* None means those of the constructor.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
         in_retry_queue, in_quarantine, not_selected, reasons, urgent, interrupted, with_confidence, needs_review, held_back_s,
         review_below; with several model servers also servers. After a TriadError (too many documents failed, or MongoDB, the
         model server or the directory), the next run resumes.
         """
-        run = await self._new_run()
+        run = await self._new_run(options)
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
         return self._with_servers(await run.execute(sources, to_the_end=True))
 
@@ -256,7 +256,7 @@ class BatchProcessor:
         await self.connect()
         if self._stream is None:
             raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
-        options = replace(self.options, only="changed", retry_failed=False)
+        options = replace(self._options, only="changed", retry_failed=False)
         run: Any = await self._new_run(options, partial(StreamIntake, self._stream))
         return self._with_servers(await run.execute([run.intake.live(sweep_every_s)], to_the_end=False))
 
@@ -291,7 +291,7 @@ class BatchProcessor:
         self, options: RunOptions | None = None, make_intake: Any = DocumentIntake, *, urgent_first: bool = True
     ) -> BatchRun:
         await self.connect()
-        options = options or self.options
+        options = replace(options or self._options, batch_size=self.settings.batch_size)
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved,

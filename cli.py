@@ -264,9 +264,10 @@ async def _passes(
     *after* replaces the options once a pass has ended; documents that are pending then get a pass of their own, unless
     ``--limit`` is given.
     """
+    options: RunOptions | None = None
     while True:
         try:
-            stats = await processor.run()
+            stats = await processor.run(options)
         except (LLMError, StoreError) as exc:
             if settings.mode == "batch" or not isinstance(exc, StoreUnavailableError | LLMUnavailableError):
                 summary.tell_failed(settings.batch_files_dir)
@@ -278,7 +279,7 @@ async def _passes(
             if stats["interrupted"]:
                 raise RunInterruptedError("Stopped; run the same command again to resume.")
             if after is not None:
-                processor.options, after = after, None
+                options, after = after, None
                 if arguments.limit is None and await processor.store.count("sweep"):
                     continue
             if settings.mode == "batch":

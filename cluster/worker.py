@@ -121,11 +121,12 @@ class ClusterWorker:
         raise DirectoryLockedError(f"All {WORKERS_ON_A_NODE} directories for workers in {job.directory} are in use.")
 
     async def _passes_of(self, processor: BatchProcessor, job: Job) -> Ended:
+        options = job.options
         while True:
-            stats = await processor.run()
-            if stats["interrupted"] or job.options.limit is not None or not stats["leased_elsewhere"]:
+            stats = await processor.run(options)
+            if stats["interrupted"] or options.limit is not None or not stats["leased_elsewhere"]:
                 break
-            processor.options = replace(processor.options, retry_failed=False)
+            options = replace(options, retry_failed=False)
             with suppress(TimeoutError):
                 await asyncio.wait_for(processor.stop.wait(), LOOK_AGAIN_S)
         return Ended(

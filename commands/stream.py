@@ -33,14 +33,15 @@ async def follow(
         RunInterruptedError: It was stopped.
     """
     collection, is_first = processor.settings.source_collection, True
+    options: RunOptions | None = None
     while not processor.stop.is_set():
         try:
-            stats = await processor.run()
+            stats = await processor.run(options)
             if is_first or stats["documents_processed"]:
                 await report(stats)
             is_first = False
             if after is not None:
-                processor.options, after = after, None
+                options, after = after, None
                 continue
             if processor.stop.is_set():
                 break
