@@ -15,6 +15,7 @@ from typing import Any
 from domain.conversation import Message
 from error_handler import LLMUnavailableError
 from model_server.protocol import first_choice
+from model_server.refusals import context_refusal
 
 MOST_IDS = 128  # of logprob_token_ids in a request: MAX_LOGPROB_TOKEN_IDS
 _ID = "token_id:"  # before the number of a token, where the answer would have its text
@@ -71,8 +72,9 @@ def probability_body(before: Sequence[str | int], numbers: Sequence[int]) -> dic
 
 
 def refuses_probabilities(status: int, body: bytes) -> bool:
-    """Return whether an answer to ``probability_body`` refuses its fields. The prompt is numbers, so no text is quoted."""
-    return status in (400, 422) and any(name in body[:4000] for name in (b"logprob", b"token_id"))
+    """Return whether an answer to ``probability_body`` refuses its fields: only the length differs between conversations."""
+    text = body[:4000].decode("utf-8", "replace")
+    return status in (400, 422) and ("logprob" in text or context_refusal(text, 1) is None)
 
 
 def read_logprobs(answer: dict[str, Any]) -> dict[int, float]:

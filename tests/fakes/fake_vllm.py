@@ -50,8 +50,8 @@ class Vllm:
     """The model and its server.
 
     *weights*: the end of the text before -> token -> its weight, 1 if it is not there. *ids*: what it does with
-    ``logprob_token_ids``: "taken", "ignored" as before July 2026, "refused" as a strict proxy. *has_system*: the template
-    has a system role. *finish*: the reason for the end of each call.
+    ``logprob_token_ids``: "taken", "ignored" as before July 2026, "refused" as by a strict proxy, or "texts only" as by one that
+    takes no prompt of tokens. *has_system*: the template has a system role. *finish*: the reason for the end of each call.
     """
 
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -116,6 +116,8 @@ class Vllm:
         prompt, wanted = body["prompt"], body.get("logprob_token_ids") if self.ids != "ignored" else None
         if wanted and self.ids == "refused":
             raise RefusedError("Extra inputs are not permitted: logprob_token_ids", "logprob_token_ids")
+        if self.ids == "texts only":
+            raise RefusedError("Input should be a valid string", "prompt")
         if wanted and len(wanted) > 128:
             text = f"Requested logprob_token_ids of length {len(wanted)}, which is greater than max allowed: 128"
             raise RefusedError(text, "logprob_token_ids")

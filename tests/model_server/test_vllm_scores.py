@@ -239,10 +239,11 @@ class WithoutTokenize(Vllm):
     [
         (Vllm(ids="ignored"), 1),
         (Vllm(ids="refused"), 1),
+        (Vllm(ids="texts only"), 1),
         (Vllm(spelling=lambda piece: "?"), 0),
         (WithoutTokenize(), 0),
     ],
-    ids=["ignored", "refused", "other vocabulary", "no tokenizer"],
+    ids=["ignored", "refused", "texts only", "other vocabulary", "no tokenizer"],
 )
 def test_server_without_the_parameter_gets_the_list_from_then_on(
     taxonomy: Taxonomy, classify: Classify, vllm: Vllm, readings_made: int, caplog: pytest.LogCaptureFixture
