@@ -26,7 +26,7 @@ from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.scores import LabelTokens, score_flow, slots_flow
+from model_server.scores import LabelTokens, has_slots, score_flow, slots_flow
 from model_server.window import Say, WindowChoice, choose_window, warm_up
 from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
@@ -187,7 +187,9 @@ class AsyncLLMClient:
         return await drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
 
     async def _score(self, messages: list[Message], schema_json: bytes, timeout_s: float) -> ChatReply:
-        """Read the labels in a slot of the server that no other conversation of this client has; wait for one."""
+        """Read the labels. If the server has slots, in one that no other conversation of this client has; wait for one."""
+        if not has_slots(self.target):
+            return await drive(score_flow(self, messages, schema_json, timeout_s), self.send)
         if self._slots is None:
             free: asyncio.LifoQueue[int] = asyncio.LifoQueue()
             for slot in range(await drive(slots_flow(self, timeout_s), self.send)):

@@ -103,7 +103,7 @@ def add_model_flags(group: argparse._ActionsContainer) -> None:
         dest="reply_style",
         choices=["full", "labels", "list", "score", "auto"],
         help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), score "
-        "(probabilities of labels; llama.cpp), or auto (REPLY_STYLE; full)",
+        "(probabilities of labels; llama.cpp and vLLM), or auto (REPLY_STYLE; full)",
     )
 
 

@@ -18,6 +18,7 @@ from error_handler import (
     LLMUnavailableError,
 )
 from model_server.protocol import (
+    LLAMA_CPP,
     ChatReply,
     ChatTarget,
     ServerRequest,
@@ -152,7 +153,7 @@ def _refusal_lesson(target: ChatTarget, text: str) -> dict[str, Any]:
         return {}
     switches = target.thinking_switches
     refused = refused_options(text) - target.refused or refused_fields(text, set(switches))
-    if target.takes_grammar and "grammar" in text.lower():
+    if target.engine == LLAMA_CPP and "grammar" in text.lower():
         refused |= {"grammar"} - target.refused
     if switches.get("reasoning_effort") == "low":
         refused = {"low" if name == "reasoning_effort" else name for name in refused}

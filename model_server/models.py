@@ -23,7 +23,6 @@ BEHIND_V1 = (
     "this is an Ollama: on /v1 it cuts long prompts without a word, and nobody can set its window; "
     "set OLLAMA_ENDPOINT and OLLAMA_MODEL instead of LLM_API_URL and LLM_MODEL"
 )
-LLAMA_CPP = "llamacpp"  # owned_by of the models that its own server lists
 NO_ROUTE = (404, 405, 501)
 NO_LIST = (200, *NO_ROUTE)  # a server or proxy without the route, or with another body
 # Lists of OpenAI's protocol have names only, and old ones of Ollama as well.
@@ -103,7 +102,7 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
         # Its answers show what the model can do.
-        return replace(target, digest=model.digest, takes_grammar=model.owner == LLAMA_CPP)
+        return replace(target, digest=model.digest, engine=model.owner)
     facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
     if not facts.can_chat:
         raise ConfigurationError(

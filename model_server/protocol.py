@@ -32,6 +32,7 @@ from model_server.tokens import least_prompt_tokens
 T = TypeVar("T")
 
 SEED = 20_250_924
+LLAMA_CPP, VLLM = "llamacpp", "vllm"  # owned_by of the models that their own servers list
 DEFAULT_NUM_CTX = 8192  # until a window is chosen, and if there are no documents to measure
 NUM_PREDICT = 700  # most tokens of an answer; without a limit Ollama lets a runaway answer fill ten windows
 THINKING_TOKENS = 1000  # more for models that cannot be kept from thinking; at the level low they take up to 500
@@ -61,7 +62,7 @@ class ChatTarget:
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
     probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
     role. *refused* names the optional fields, ``max_tokens`` and ``scores`` that an OpenAI-compatible server does not take.
-    *refuses_arrays*: the server takes no JSON schema of an array. *takes_grammar*: it is llama.cpp's own.
+    *refuses_arrays*: the server takes no JSON schema of an array. *engine*: its ``owned_by``, empty if unknown.
     """
 
     protocol: Protocol
@@ -79,7 +80,7 @@ class ChatTarget:
     merges_system: bool = False
     refused: frozenset[str] = frozenset()
     refuses_arrays: bool = False
-    takes_grammar: bool = False
+    engine: str = ""
 
     @property
     def thinking_switches(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     if target.merges_system and len(messages) > 1:
         messages = without_system(messages)
     if target.protocol == "openai_chat":
-        body |= bound_answer(schema_json, takes_grammar=target.takes_grammar and "grammar" not in target.refused)
+        body |= bound_answer(schema_json, takes_grammar=target.engine == LLAMA_CPP and "grammar" not in target.refused)
         body |= {"messages": messages, **_options(target, attempt), **target.thinking_switches}
         return orjson.dumps(body)
     if target.protocol == "ollama_chat":

@@ -1,9 +1,9 @@
 """The reply style ``score``: reads the probabilities of the labels; the model writes no answer. No I/O.
 
-Only llama.cpp's own server offers this. Its template makes the prompt, and its tokenizer the tokens of the labels, which
-are a tree for each field. A call generates one token. A bias leaves only the tokens with which the labels go on, and the
-answer has the probability of each. What all of them share is part of the prompt, so a field takes one call, and one more
-only if its most probable labels begin with the same token.
+llama.cpp's own server and vLLM offer this. Their template makes the prompt, and their tokenizer the tokens of the labels, which
+are a tree for each field. A call generates one token, and its answer has the probability of each token with which the labels go
+on. What all of them share is part of the prompt, so a field takes one call, and one more only if its most probable labels begin
+with the same token.
 
 The prompt and the labels found so far stay in the server's prefix cache. The answer is the array of the style ``list``.
 """
@@ -14,6 +14,7 @@ import heapq
 import itertools
 import json
 import logging
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,10 @@ import orjson
 
 from domain.conversation import Message
 from error_handler import LLMFormError, LLMUnavailableError
+from model_server import vllm
 from model_server.protocol import (
+    LLAMA_CPP,
+    VLLM,
     ChatReply,
     ChatTarget,
     ServerRequest,
@@ -69,7 +73,12 @@ class ScoreClient(Protocol):
 
 def takes_scores(target: ChatTarget) -> bool:
     """Return whether the server of *target* gives the probabilities of labels, as far as is known."""
-    return target.takes_grammar and "scores" not in target.refused
+    return target.engine in (LLAMA_CPP, VLLM) and "scores" not in target.refused
+
+
+def has_slots(target: ChatTarget) -> bool:
+    """Return whether the server has slots with a cache each. That of vLLM is shared by all requests, and is not chosen."""
+    return target.engine == LLAMA_CPP
 
 
 def slots_flow(client: ScoreClient, timeout_s: float) -> Asked[int]:
@@ -103,7 +112,8 @@ def score_flow(
         LLMFormError: The server does not offer it, or a field may have several labels. The target notes that.
         LLMError: See model_server.protocol.parse_chat_response.
     """
-    reading = _Reading(client, messages, timeout_s, slot)
+    kind = _VllmReading if client.target.engine == VLLM else _Reading
+    reading = kind(client, messages, timeout_s, slot)
     fields = orjson.loads(schema_json)["prefixItems"]
     if not all("enum" in field for field in fields):
         raise reading.refusal("a field may have several labels")
@@ -112,48 +122,56 @@ def score_flow(
     if (known := client.label_tokens.get(schema_json)) is None:
         known = client.label_tokens[schema_json] = yield from reading.label_tokens([field["enum"] for field in fields])
     found: list[tuple[str, float]] = []
-    before: list[str | int] = [prompt, *_numbers(known.opening)]
-    for labels in known.fields:
-        try:
+    before = [*prompt, *_numbers(known.opening)]
+    try:
+        reading.require_same(known)
+        for labels in known.fields:
             found.append((yield from reading.best(before, labels)))
-        except LookupError:
-            client.label_tokens.pop(schema_json, None)
-            raise LLMUnavailableError(
-                "the model server has another model than before; its tokens are read again"
-            ) from None
-        before += _numbers(labels[found[-1][0]])
+            before += _numbers(labels[found[-1][0]])
+    except LookupError:
+        client.label_tokens.pop(schema_json, None)
+        raise LLMUnavailableError("the model server has another model than before; its tokens are read again") from None
     text = json.dumps([label for label, _ in found], ensure_ascii=False, separators=(",", ":"))
     scores = tuple(score for _, score in found) if client.target.logprobs else ()
     return ChatReply(text, reading.prompt_tokens, reading.calls, scores=scores)
 
 
 class _Reading:
-    """The requests about one conversation. *calls* counts those that the model worked on."""
+    """The requests about one conversation, for llama.cpp. *calls* counts those that the model worked on.
+
+    *spelled* are tokens of the prompt, as far as the server shows them.
+    """
 
     def __init__(self, client: ScoreClient, messages: list[Message], timeout_s: float, slot: int | None = None) -> None:
         self._client, self._messages, self._timeout_s, self._slot = client, messages, timeout_s, slot
         self.calls = 0
         self.prompt_tokens: int | None = None
+        self.spelled: dict[int, bytes] = {}
 
     def require_offer(self) -> None:
         """Raise LLMFormError if the server is known not to give the probabilities of labels."""
         if not takes_scores(self._client.target):
-            raise self.refusal("only llama.cpp's own server gives them")
+            raise self.refusal("only llama.cpp's own server and vLLM give them")
 
-    def prompt(self) -> Asked[str]:
+    def require_same(self, known: LabelTokens) -> None:
+        """Raise LookupError if the prompt shows that the tokens *known* are those of another model."""
+        tokens = itertools.chain(known.opening, *(one for labels in known.fields for one in labels.values()))
+        if any(self.spelled.get(number, piece) != piece for number, piece in tokens):
+            raise LookupError("the same number is another token")
+
+    def prompt(self) -> Asked[list[str | int]]:
         """Return the prompt that the server makes of the messages, up to where the answer begins."""
         while True:
             target = self._client.target
             messages = without_system(self._messages) if target.merges_system else self._messages
-            body = {"model": target.model, "messages": messages, "chat_template_kwargs": WITHOUT_THINKING}
-            status, answer = yield self._request("/apply-template", body)
+            status, answer = yield self._prompt_request(messages)
             if (
                 status != 200
                 and not target.merges_system
                 and refuses_system_role(answer[:4000].decode("utf-8", "replace"))
             ):
                 self._client.target = replace(target, merges_system=True)
-            elif prompt := part(self.checked(status, answer), "prompt", str):
+            elif prompt := self._prompt(self.checked(status, answer)):
                 return prompt
             else:
                 raise self.refusal("it makes no prompt of messages")
@@ -165,14 +183,10 @@ class _Reading:
             separator = BETWEEN if number < len(fields) else AFTER_LAST
             quoted = [json.dumps(name, ensure_ascii=False)[1:-1] for name in names]
             text = OPENING + separator.join([*quoted, quoted[0]])
-            body = {"model": self._client.target.model, "content": text, "add_special": False, "with_pieces": True}
-            answer = self.checked(*(yield self._request("/tokenize", body)))
+            answer = self.checked(*(yield self._tokens_request(text)))
+            starts = itertools.accumulate((len(f"{one}{separator}".encode()) for one in quoted), initial=len(OPENING))
             try:
-                tokens = [(int(entry["id"]), _bytes(entry["piece"])) for entry in answer["tokens"]]
-                starts = itertools.accumulate(
-                    (len(f"{one}{separator}".encode()) for one in quoted), initial=len(OPENING)
-                )
-                read.append(_slices(tokens, text.encode(), list(starts)))
+                read.append(_slices(*self._tokens(answer), text.encode(), list(starts)))
             except (LookupError, TypeError, ValueError):
                 raise self.refusal("a label does not begin with a token of its own") from None
         return LabelTokens(
@@ -199,10 +213,25 @@ class _Reading:
             for token, group in groups.items():
                 heapq.heappush(open_groups, (probability * shares[token], group))
 
+    def _prompt_request(self, messages: list[Message]) -> ServerRequest:
+        return self._request("/apply-template", {"messages": messages, "chat_template_kwargs": WITHOUT_THINKING})
+
+    def _prompt(self, answer: dict[str, Any]) -> list[str | int]:
+        """Return the prompt in an answer, as the server takes it; empty if there is none."""
+        prompt = part(answer, "prompt", str)
+        return [prompt] if prompt else []
+
+    def _tokens_request(self, text: str) -> ServerRequest:
+        return self._request("/tokenize", {"content": text, "add_special": False, "with_pieces": True})
+
+    def _tokens(self, answer: dict[str, Any]) -> tuple[list[Token], list[list[bytes]]]:
+        """Return the tokens in an answer, and what they may spell: the piece of each, in each way to read them."""
+        tokens = [(int(entry["id"]), _bytes(entry["piece"])) for entry in answer["tokens"]]
+        return tokens, [[piece for _, piece in tokens]]
+
     def _shares(self, before: list[str | int], tokens: Mapping[Token, Any]) -> Asked[dict[Token, float]]:
         """Return the probability of each of *tokens* after *before*; they sum to 1."""
-        body = {
-            "model": self._client.target.model,
+        body: dict[str, Any] = {
             "prompt": before,
             "n_predict": 1,
             "n_probs": len(tokens),
@@ -243,8 +272,10 @@ class _Reading:
             logger.warning("%s. To avoid this, set REPLY_STYLE=list", problem)
         return LLMFormError(problem)
 
-    def _request(self, path: str, body: dict[str, Any]) -> ServerRequest:
-        return ServerRequest("POST", f"{self._client.target.server_url}{path}", orjson.dumps(body), self._timeout_s)
+    def _request(self, path: str, fields: dict[str, Any]) -> ServerRequest:
+        target = self._client.target
+        body = orjson.dumps({"model": target.model, **fields})
+        return ServerRequest("POST", f"{target.server_url}{path}", body, self._timeout_s)
 
     def checked(self, status: int, body: bytes) -> dict[str, Any]:
         """Return the fields of a response; raise LLMError if it is not an answer."""
@@ -255,19 +286,64 @@ class _Reading:
         return json_object(body)
 
 
-def _slices(tokens: list[Token], text: bytes, starts: list[int]) -> list[Tokens]:
-    """Return *tokens*, which spell *text*, cut before each of *starts* (bytes); without what follows the last one.
+class _VllmReading(_Reading):
+    """The same requests for vLLM. A token's text here is its spelling in the vocabulary."""
+
+    def _prompt_request(self, messages: list[Message]) -> ServerRequest:
+        return self._request("/tokenize", vllm.prompt_body(messages, WITHOUT_THINKING))
+
+    def _prompt(self, answer: dict[str, Any]) -> list[str | int]:
+        try:
+            tokens = vllm.read_tokens(answer)
+        except (LookupError, TypeError, ValueError):
+            return []
+        self.prompt_tokens = len(tokens)
+        self.spelled = {number: name.encode() for number, name in tokens}
+        return [number for number, _ in tokens]
+
+    def _tokens_request(self, text: str) -> ServerRequest:
+        return self._request("/tokenize", vllm.text_body(text))
+
+    def _tokens(self, answer: dict[str, Any]) -> tuple[list[Token], list[list[bytes]]]:
+        tokens = vllm.read_tokens(answer)
+        return [(number, name.encode()) for number, name in tokens], vllm.pieces_of([name for _, name in tokens])
+
+    def _shares(self, before: list[str | int], tokens: Mapping[Token, Any]) -> Asked[dict[Token, float]]:
+        """Return the probability of each of *tokens* after *before*; they sum to 1. More than vLLM takes are asked in parts."""
+        found: dict[int, float] = {}
+        numbers = _numbers([*tokens])
+        for start in range(0, len(numbers), vllm.MOST_IDS):
+            body = vllm.probability_body(before, numbers[start : start + vllm.MOST_IDS])
+            status, answer = yield self._request("/v1/completions", body)
+            if vllm.refuses_probabilities(status, answer):
+                raise self.refusal("it refuses logprob_token_ids")
+            fields = self.checked(status, answer)
+            self.calls += 1
+            try:
+                found |= vllm.read_logprobs(fields)
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise self.refusal("its answer has no probabilities") from None
+        if not found.keys() >= {*numbers}:
+            raise self.refusal("it ignores logprob_token_ids")
+        highest = max(found[number] for number in numbers)
+        weights = {token: math.exp(found[token[0]] - highest) for token in tokens}
+        total = sum(weights.values())
+        return {token: weight / total for token, weight in weights.items()}
+
+
+def _slices(tokens: list[Token], readings: list[list[bytes]], text: bytes, starts: list[int]) -> list[Tokens]:
+    """Return *tokens* cut before each of *starts* (bytes of *text*, which one of *readings* spells); without what follows the last one.
 
     Raises:
-        ValueError: They do not spell it, or no token begins at a start.
+        ValueError: None spells it, or no token begins at a start.
     """
-    joined = b"".join(piece for _, piece in tokens)
-    if not joined.endswith(text):  # some tokenizers put a space first
-        raise ValueError("the tokens do not spell the text")
-    lengths = (len(piece) for _, piece in tokens)
-    edges = list(itertools.accumulate(lengths, initial=len(text) - len(joined)))
-    cuts = [0, *(edges.index(start) for start in starts)]
-    return [tuple(tokens[one:other]) for one, other in itertools.pairwise(cuts)]
+    for pieces in readings:
+        joined = b"".join(pieces)
+        if joined.endswith(text):  # some tokenizers put a space first
+            edges = list(itertools.accumulate(map(len, pieces), initial=len(text) - len(joined)))
+            cuts = [0, *(edges.index(start) for start in starts)]
+            return [tuple(tokens[one:other]) for one, other in itertools.pairwise(cuts)]
+    raise ValueError("the tokens do not spell the text")
 
 
 def _shared(sequences: Sequence[Tokens]) -> Tokens:

@@ -34,7 +34,7 @@ def classifier_for(settings: Settings, target: ChatTarget, taxonomy: Taxonomy | 
     style = style_of(settings, target, taxonomy)
     if settings.reply_style == "score" != style:
         logger.warning(
-            "the reply style is %s and not score, which needs llama.cpp's own server and fields with one label each",
+            "the reply style is %s and not score, which needs llama.cpp's own server or vLLM, and fields with one label each",
             style,
         )
     return Classifier(taxonomy, settings.on_long, style)

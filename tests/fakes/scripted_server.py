@@ -168,6 +168,7 @@ class Handler(BaseHTTPRequestHandler):
     """Records a request, then takes the next step of the script."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits 40 ms for the acknowledgement of its headers
     server: Server
     body: bytes
 
@@ -181,9 +182,9 @@ class Handler(BaseHTTPRequestHandler):
         self._serve(self.server_state.models)
 
     def do_POST(self) -> None:
-        """Take the next step; a good reply where the script has ended."""
+        """Take the next step; the usual one where the script has ended."""
         state = self.server_state
-        step = state.show if self.path == "/api/show" else state.script.popleft() if state.script else answer()
+        step = state.show if self.path == "/api/show" else state.script.popleft() if state.script else state.otherwise
         self._serve(step)
 
     def client_leaves_within(self, seconds: float) -> bool:
@@ -225,9 +226,10 @@ class Server(ThreadingHTTPServer):
 
 @dataclass
 class ScriptedServer:
-    """The state of one server: its *script* of POST requests, and what it got."""
+    """The state of one server: its *script* of POST requests, what it does *otherwise*, and what it got."""
 
     script: deque[Step] = field(default_factory=deque)
+    otherwise: Step = field(default_factory=answer)
     models: Step = field(default_factory=lambda: answer(MODELS))
     show: Step = field(default_factory=lambda: answer({"capabilities": ["completion"]}))
     requests: list[Request] = field(default_factory=list)

@@ -46,7 +46,7 @@ TARGET = ChatTarget(
     8192,
     "10m",
     logprobs=True,
-    takes_grammar=True,
+    engine="llamacpp",
 )
 
 
@@ -415,8 +415,9 @@ def test_server_of_another_kind_and_a_field_with_several_labels_get_the_list(
     path = tmp_path / "taxonomy.yaml"
     path.write_text(FILE + "fields: {channels: {labels: [Phone, Mail], multiple: true}}\n", encoding="utf-8")
     multiple = load_taxonomy(path)
-    other = replace(TARGET, takes_grammar=False)
+    other = replace(TARGET, engine="")
     assert classifier_for(settings, TARGET, taxonomy).reply_style == "score"
+    assert classifier_for(settings, replace(TARGET, engine="vllm"), taxonomy).reply_style == "score"
     assert not caplog.records
     assert classifier_for(settings, TARGET, multiple).reply_style == "list"
     assert classifier_for(settings, other, taxonomy).reply_style == "list"
