@@ -51,10 +51,10 @@ def test_random_kills(site: Site, request: pytest.FixtureRequest) -> None:
     seed = random.randrange(1_000_000) if seed is None else seed
     print(f"seed {seed}, {kills} kills")
     moments = random.Random(seed)
-    documents = documents_of_all_shapes(300 + 40 * kills)
+    documents = documents_of_all_shapes(100 + 40 * kills)
     site.source.insert_many(documents)
     assert site.model is not None
-    site.model.configure(latency_s=0.04, faults=faults_of(documents))
+    site.model.configure(latency_s=0.1, faults=faults_of(documents))
     killed = 0
     for _ in range(kills):
         with site.start("--logs") as worker:
@@ -84,11 +84,11 @@ USUAL = {"pending_saved", "answered", "results_written", "renamed"}
 )
 def test_a_kill_at_each_point(site: Site, seam: str) -> None:
     """The same command finishes the work, whichever step was the last."""
-    documents = documents_of_all_shapes(30)
+    documents = documents_of_all_shapes(20)
     site.source.insert_many(documents)
     assert site.model is not None
     # Each batch has a document that fails once: there is a retry file per batch, and a round for it.
-    faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}, "times": 2} for number in (4, 12, 18, 25)]
+    faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}, "times": 2} for number in (4, 12, 18)]
     site.model.configure(faults=faults)
     killed = site.run("--logs", "--batch-size", "6", plan={"seam": seam})
     assert killed.code == -signal.SIGKILL, killed.err
