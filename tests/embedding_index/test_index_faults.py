@@ -170,20 +170,6 @@ def test_an_item_that_fails_is_named_and_tried_again_next_time(site: IndexSite) 
     assert site.states() == {"indexed": ITEMS}
 
 
-def test_the_index_is_locked(site: IndexSite) -> None:
-    """One process at a time may write; a search needs no lock."""
-    assert site.run("--batch").code == 0
-    site.change("CREATE TABLE tickets (id INTEGER PRIMARY KEY)")
-    site.fake.configure(faults=[{"kind": "hang"}])
-    with site.started("--batch"):
-        site.fake.wait_for("in_flight", at_least=1)
-        said = sentence(site.run("--batch"), 5)
-        assert "another worker is using" in said
-        assert "INDEX_DIR" in said
-        site.fake.configure(faults=[])
-        assert site.run("--search", "refunds").code == 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: int) -> None:
     """The exit code is 130; the same command resumes and pays nothing twice."""
@@ -219,7 +205,7 @@ def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
     assert site.states() == {"indexed": ITEMS}
 
 
-def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
+def test_a_signal_ends_a_search(site: IndexSite) -> None:
     """The first signal ends it, because nothing has to be finished."""
     assert site.run("--batch").code == 0
     site.fake.configure(faults=[{"kind": "hang"}])
@@ -227,6 +213,11 @@ def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
     with site.started("--search", "refunds") as process:
         site.fake.wait_for(CALLS, at_least=calls + 1)
         assert process.stop(signal.SIGTERM).code == 130
+
+
+@pytest.mark.thorough
+def test_a_signal_ends_an_opening(site: IndexSite) -> None:
+    """The first signal ends it, because nothing has to be finished."""
     with FakeOllama() as ollama:
         ollama.pause()
         endpoint = f"http://127.0.0.1:{ollama.port}"
