@@ -51,10 +51,10 @@ def test_random_kills(site: Site, request: pytest.FixtureRequest) -> None:
     seed = random.randrange(1_000_000) if seed is None else seed
     print(f"seed {seed}, {kills} kills")
     moments = random.Random(seed)
-    documents = documents_of_all_shapes(100 + 40 * kills)
+    documents = documents_of_all_shapes(60 + 30 * kills)
     site.source.insert_many(documents)
     assert site.model is not None
-    site.model.configure(latency_s=0.1, faults=faults_of(documents))
+    site.model.configure(latency_s=0.15, faults=faults_of(documents))
     killed = 0
     for _ in range(kills):
         with site.start("--logs") as worker:

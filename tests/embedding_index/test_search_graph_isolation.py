@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from embedding_index import search_graph
 from error_handler import VectorStoreError
+from tests.forked_process import OF_THE_INDEX, run_forked
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    """Run *code* in a process in which ChromaDB has not been loaded."""
+    return run_forked(["-c", code, *map(str, arguments)], {**os.environ, **variables}, ROOT, preload=OF_THE_INDEX)
 
 
 def test_foreign_errors_are_translated(tmp_path: Path) -> None:
@@ -86,7 +79,7 @@ def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
     home.mkdir()
     caught = run_python(GUARD + "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)")
     assert caught.returncode == -signal.SIGSYS, caught.stderr
-    done = run_python(GUARD + USE, tmp_path / "index", HOME=str(home), PYTHONDONTWRITEBYTECODE="1")
+    done = run_python(GUARD + USE, tmp_path / "index", HOME=str(home))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(home.rglob("*")) == []
 
