@@ -76,7 +76,7 @@ CHAINED = {
     *("pending_removed", "before_mark", "marked", "before_rename"),
 }
 # Of the others, those between the steps that decide whether a document is asked or stored twice.
-USUAL = {"pending_saved", "answered", "results_written", "renamed"}
+USUAL = {"answered", "results_written", "renamed"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_chain_of_kills_at_all_points(site: Site) -> None:
 
 def test_answers_in_the_journal_are_not_asked_for_again(site: Site) -> None:
     """Answers that were not yet written when the process died are written from the journal."""
-    documents = [document for document in documents_of_all_shapes(40) if user_message(document) is not None]
+    documents = [document for document in documents_of_all_shapes(30) if user_message(document) is not None]
     site.source.insert_many(documents)
     assert site.run(plan={"seam": "before_write", "passage": 3}).code == -signal.SIGKILL
     stored = set(site.results.distinct("source_conversation_id"))

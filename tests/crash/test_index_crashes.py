@@ -46,10 +46,10 @@ COPYING = [
     (f"{STORE}._publish:after", 1),
 ]
 
-# Where the process dies, and at which passage. Those of the first two lists die in each run of the tests.
-FIRST = [(f"{PROVIDER}.embed:after", 3)]
-ALWAYS = [(f"{ENTRIES}.put:after", 1)]
+# Where the process dies, and at which passage. FIRST is in each run of the tests, with a database.
+FIRST = (f"{PROVIDER}.embed:after", 3)
 MORE = [
+    (f"{ENTRIES}.put:after", 1),
     (f"{LEDGER}.add:after", 2),
     (f"{STATES}.mark_ended:after", 1),
     *((f"{FILE}._prepare:{when}", nth) for when in ("before", "after") for nth in (1, 2)),
@@ -116,13 +116,10 @@ def finish(site: IndexSite, *flags: str, kills: int = 1) -> None:
 
 def cases() -> Iterator[Any]:
     for source, own in (("database", OF_DATABASES), ("conversations", OF_CONVERSATIONS)):
-        first = FIRST if source == "database" else FIRST[:0]
-        rest = [point for point in FIRST if point not in first]
-        usual = [*first, *ALWAYS] if source == "database" else []
-        for point, nth in usual:
-            yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}")
-        for point, nth in [*rest, *MORE, *own, *(point for point in ALWAYS if point not in usual)]:
-            yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}", marks=pytest.mark.thorough)
+        for point, nth in [FIRST, *MORE, *own]:
+            is_usual = source == "database" and (point, nth) == FIRST
+            marks = () if is_usual else pytest.mark.thorough
+            yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}", marks=marks)
 
 
 @pytest.mark.parametrize(("source", "point", "nth"), list(cases()))
@@ -157,7 +154,7 @@ def thoroughly(points: list[tuple[str, int]], *always: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("point", "nth"), thoroughly(CHANGES, 0))
+@pytest.mark.parametrize(("point", "nth"), thoroughly(CHANGES))
 def test_a_kill_while_tables_leave_the_index(site: IndexSite, point: str, nth: int) -> None:
     """Dropped tables have left the index afterwards, after any step."""
     site.make_database(TABLES)

@@ -90,7 +90,7 @@ def fail_point(site: Site, mode: Any, **data: Any) -> Iterator[None]:
 
 def test_mongod_is_killed_and_comes_back(place: Site, server: EmbeddedMongod, tmp_path: Path) -> None:
     """The run waits for it and ends complete; no answer is asked for again."""
-    documents = filled_with_all_shapes(place, 100)
+    documents = filled_with_all_shapes(place, 60)
     with place.start("--output", str(tmp_path / "run.json"), MONGODB_TIMEOUT_MS="20000") as worker:
         until(lambda: place.results.count_documents({}) > 20)
         server.kill()
@@ -160,7 +160,7 @@ def test_a_passing_fault(place: Site, data: dict[str, Any]) -> None:
 
 def test_results_cannot_be_written_for_a_while(place: Site) -> None:
     """The run stops with exit code 3; answers wait on disk, and are stored without asking when writing works again."""
-    documents = filled_with_all_shapes(place, 40)
+    documents = filled_with_all_shapes(place, 20)
     namespace = f"{place.database.name}.sentimental_analysis"
     place.results.create_index("source_conversation_id", unique=True)
     with fail_point(place, "alwaysOn", failCommands=["insert"], errorCode=14031, namespace=namespace):
@@ -204,6 +204,7 @@ def test_forbidden(guarded: EmbeddedMongod, model: FakeOllama, tmp_path: Path, u
     assert model.stats()["chat_requests"] == 0
 
 
+@pytest.mark.thorough
 def test_the_right_to_read_and_write_is_enough(guarded: EmbeddedMongod, model: FakeOllama, tmp_path: Path) -> None:
     """A user with readWrite on the one database can run the worker."""
     guarded.start()
@@ -240,7 +241,7 @@ def test_an_index_with_other_options(site: Site) -> None:
 
 def test_results_that_are_there_already(site: Site, tmp_path: Path) -> None:
     """They are counted, the source gets its status, and the model is not asked."""
-    documents = filled_with_all_shapes(site, 30)
+    documents = filled_with_all_shapes(site, 14)
     assert site.run().code == 0
     assert site.model is not None
     before = site.model.stats()["chat_requests"]

@@ -92,6 +92,7 @@ def test_a_stop_while_earlier_work_is_recovered_takes_no_new_work(site: Site) ->
     finish(site, documents, repeated=CONCURRENCY)
 
 
+@pytest.mark.thorough
 def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
     """It does not wait for the calls in flight, which are asked again by the next run."""
     documents = filled_with_all_shapes(site, 30)

@@ -202,7 +202,7 @@ def test_equal_pieces_are_sent_once(runs: Runs) -> None:
     assert ends[paragraph * 5].vector == pytest.approx(ends[paragraph].vector, abs=1e-6)
 
 
-@pytest.mark.parametrize("factor", [2, 7])
+@pytest.mark.parametrize("factor", [7, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_wrong_estimate_is_found_and_nothing_is_cut_in_silence(runs: Runs, factor: int) -> None:
     """The server counts up to seven times as many tokens; the text is sent in smaller pieces, and all of it."""
     runs.fake.configure(max_input_tokens=100)
@@ -431,7 +431,7 @@ def test_a_wrong_answer_is_found_and_asked_for_again(runs: Runs, kind: str) -> N
     )
 
 
-@pytest.mark.parametrize("kind", ["nan", "zero", "dims", "short", "extra"])
+@pytest.mark.parametrize("kind", mostly_thorough(["nan", "zero", "dims", "short", "extra"], 3))
 @pytest.mark.parametrize("max_retries", [2, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_text_that_never_gets_a_vector_is_named(runs: Runs, kind: str, max_retries: int) -> None:
     texts = short_texts(10)
@@ -511,7 +511,9 @@ def test_a_busy_server_that_names_no_time_is_asked_more_and_more_slowly(runs: Ru
     assert counts.calls == 3 + 6
 
 
-@pytest.mark.parametrize("kind", ["server_error_500", "close", "reset", "garbage", "bad_gateway_502", "answer_lost"])
+@pytest.mark.parametrize(
+    "kind", mostly_thorough(["server_error_500", "close", "reset", "garbage", "bad_gateway_502", "answer_lost"], 5)
+)
 def test_failed_calls_are_repeated(runs: Runs, kind: str) -> None:
     fault = {"kind": kind, "when": {"route": "embeddings.create", "indexes": [0, 2, 5]}}
     runs.fake.configure(faults=[fault])
@@ -521,7 +523,7 @@ def test_failed_calls_are_repeated(runs: Runs, kind: str) -> None:
     assert counts.calls == 5 + 3
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", [4, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_text_that_breaks_the_server_is_found(runs: Runs, concurrency: int) -> None:
     """HTTP 500 for one text, again and again: the others get their vectors, also those of its call."""
     fault = {"kind": "server_error_500", "when": {"route": "embeddings.create", "text": "000025"}, "times": 10_000}
