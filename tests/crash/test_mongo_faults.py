@@ -149,6 +149,8 @@ def passing_faults() -> Iterator[Any]:
 def test_a_passing_fault(place: Site, data: dict[str, Any]) -> None:
     """Two failures in a row of the same command are repeated within the call."""
     documents = filled_with_all_shapes(place, 20)
+    if data["failCommands"] == ["update"]:  # not those of the window that workers agree on, which a run can do without
+        data = data | {"namespace": f"{place.database.name}.conversation_set"}
     with fail_point(place, {"times": 2}, **data):
         ended = place.run()
     assert ended.code == 0, ended.err
