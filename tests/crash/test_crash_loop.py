@@ -75,8 +75,8 @@ CHAINED = {
     *("failure_noted", "started", "released", "answer_received", "state_written", "completed_written", "torn_line"),
     *("pending_removed", "before_mark", "marked", "before_rename"),
 }
-# Of the others, those between the steps that decide whether a document is asked or stored twice.
-USUAL = {"answered", "results_written", "renamed"}
+# Of the others, those between the steps that decide whether a document is stored twice; whether it is asked twice, is below.
+USUAL = {"results_written", "renamed"}
 
 
 @pytest.mark.parametrize(

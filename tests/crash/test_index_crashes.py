@@ -229,7 +229,7 @@ def test_a_kill_in_rebuild_and_in_mending(site: IndexSite, point: str, nth: int)
     assert site.billed() == paid
 
 
-@pytest.mark.parametrize(("point", "nth"), thoroughly([(f"{PROVIDER}.embed:after", 2), *REBUILDS], 0))
+@pytest.mark.parametrize(("point", "nth"), thoroughly([(f"{PROVIDER}.embed:after", 2), *REBUILDS]))
 def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth: int) -> None:
     """Each text is paid for once per model, except calls in flight; going back to the first model costs nothing."""
     site.make_database(TABLES)
@@ -435,6 +435,7 @@ def test_items_are_paid_again_if_ledger_and_copy_are_lost(site: IndexSite) -> No
     site.check()
 
 
+@pytest.mark.thorough
 def test_the_states_of_both_sources_are_lost(site: IndexSite) -> None:
     """Both sources are read again, the database first; no vector is lost or paid for again."""
     site.make_database(3)
