@@ -51,7 +51,7 @@ PRELOADED = (
 OF_THE_INDEX = (
     *("embedding_index.actions", "commands.index", "embedding_index.providers.openai_embeddings"),
     *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
-    *("rich._emoji_codes", "bpe_openai"),
+    *("rich._emoji_codes", "tests.embedding_index.loaded_tokenizer"),
 )
 # The same for services with API_EMBEDDED.
 OF_THE_BUILT_IN_CLASSIFIER = ("embedded.embedding_classifier", "vaderSentiment.vaderSentiment")

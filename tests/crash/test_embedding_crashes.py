@@ -16,7 +16,7 @@ from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.embedding_site import keyed, texts_with_long_ones
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_INDEX, ForkedProcess
 from tests.worker.site import until
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ class Crashes:
         script = [str(ROOT / "tests/embedding_index/embedding_site.py"), self.fake.url, str(self.path)]
         script += [str(COUNT), str(CONCURRENCY), str(BATCH_SIZE), *kill]
         files = (self._folder / "out", self._folder / "err")
-        return ForkedProcess(script, dict(os.environ), ROOT, files)
+        return ForkedProcess(script, dict(os.environ), ROOT, files, preload=OF_THE_INDEX)
 
     def run(self, *kill: str) -> int:
         process = self.start(*kill)

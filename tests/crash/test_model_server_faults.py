@@ -70,7 +70,7 @@ def test_a_model_that_cannot_be_used(site: Site, name: str, sentence: str) -> No
 
 def test_an_outage_costs_no_document_an_attempt(site: Site, tmp_path: Path) -> None:
     """The breaker pauses the run; after the restart it goes on, and nothing went through the retry queue."""
-    documents = filled(site, 150)
+    documents = filled(site, 60)
     with site.start("--output", str(tmp_path / "run.json"), LLM_MAX_ATTEMPTS="1") as worker:
         model_of(site).wait_for("answered", at_least=20)
         model_of(site).kill()
@@ -88,7 +88,7 @@ def test_an_outage_costs_no_document_an_attempt(site: Site, tmp_path: Path) -> N
 
 def test_an_outage_beyond_the_limit(site: Site) -> None:
     """The run ends with exit code 3; the documents wait, and the next run finishes them."""
-    documents = filled(site, 100)
+    documents = filled(site, 60)
     with site.start(OUTAGE_LIMIT_S="1") as worker:
         model_of(site).wait_for("answered", at_least=20)
         model_of(site).kill()
@@ -129,20 +129,20 @@ BLOWS = (
 
 def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
     """Each strikes one document once: it is asked again or repaired, and all have their own labels in the end."""
-    documents = filled(site, 2 * len(BLOWS))
+    documents = filled(site, len(BLOWS) + 8)
     faults = [
-        {"kind": blow.kind, "when": {"text": f"Case {2 * place:05d}"}, "times": 1, **blow.params}
+        {"kind": blow.kind, "when": {"text": f"Case {place:05d}"}, "times": 1, **blow.params}
         for place, blow in enumerate(BLOWS)
     ]
     model_of(site).configure(faults=faults)
     ended = site.run("--logs", LLM_TIMEOUT_S="1")
     assert ended.code == 0, ended.err
     assert sum(model_of(site).stats()["faults_served"].values()) == len(BLOWS)
-    taken = {f"{blow.kind} {blow.params}": calls(site, documents[2 * place]) for place, blow in enumerate(BLOWS)}
+    taken = {f"{blow.kind} {blow.params}": calls(site, documents[place]) for place, blow in enumerate(BLOWS)}
     assert taken == {f"{blow.kind} {blow.params}": blow.calls for blow in BLOWS}
     for result in site.results.find():
         assert result["classification"]["categorization"].isprintable()
-    changed = {key(documents[2 * place]["_id"]) for place, blow in enumerate(BLOWS) if blow.kind == "control_chars"}
+    changed = {key(documents[place]["_id"]) for place, blow in enumerate(BLOWS) if blow.kind == "control_chars"}
     site.results.delete_many(
         {"source_conversation_id": {"$in": [d["_id"] for d in documents if key(d["_id"]) in changed]}}
     )
@@ -189,7 +189,7 @@ def test_a_model_that_is_removed_in_the_middle(site: Site) -> None:
 
 def test_hopeless_documents_end_in_quarantine(site: Site) -> None:
     """Three rounds after the first, each with a repair turn; then quarantine and source have the reason."""
-    documents = documents_of_all_shapes(60)
+    documents = documents_of_all_shapes(30)
     site.source.insert_many(documents)
     hopeless = [documents[0], documents[1], documents[2]]
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {document['_id']:05d}"}} for document in hopeless]
@@ -213,20 +213,20 @@ def test_hopeless_documents_end_in_quarantine(site: Site) -> None:
 
 def test_too_many_failures_stop_the_run(site: Site) -> None:
     """More than a tenth: exit code 4. What failed then does not stop the next run, where a single one fails."""
-    documents = filled(site, 200)
-    hopeless = [number for number in range(0, 200, 4)]
+    documents = filled(site, 70)
+    hopeless = [number for number in range(0, 70, 4)]
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}} for number in hopeless]
     model_of(site).configure(faults=faults)
     ended = site.run("--batch-size", "100")
     assert ended.code == 4, ended.err
     assert "label_outside" in ended.err.splitlines()[-1]
-    assert model_of(site).stats()["answered"] < 150
-    model_of(site).configure(faults=[faults[hopeless.index(88)]])  # of the same batch, and not asked for yet
+    assert model_of(site).stats()["answered"] < 80
+    model_of(site).configure(faults=[faults[hopeless.index(68)]])  # of the same batch, and not asked for yet
     ended = site.run("--batch-size", "100")
     assert ended.code == 1, ended.err
-    assert [entry["conversation_id"] for entry in site.entries("quarantine")] == [88]
-    check_results(site, [document for document in documents if document["_id"] != 88])
-    check_statuses(site, documents, [88])
+    assert [entry["conversation_id"] for entry in site.entries("quarantine")] == [68]
+    check_results(site, [document for document in documents if document["_id"] != 68])
+    check_statuses(site, documents, [68])
     model_of(site).configure(faults=[])
     assert site.run("--retry-failed").code == 0
     check_exactly_once(site, documents)

@@ -6,8 +6,6 @@ import os
 import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,8 +18,8 @@ from database_docs.documentation import ColumnFacts, RelationshipFacts, TableFac
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import IndexItem, Kind, State, content_hash
 from error_handler import StateDirectoryError
+from tests.forked_process import PipedProcess
 
-ROOT = Path(__file__).parents[2]
 TALK = Kind.CONVERSATION
 
 
@@ -255,7 +253,7 @@ from pathlib import Path
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import IndexItem, Kind
 store = DocumentationStore(Path(sys.argv[1]))
-items = [IndexItem(Kind.CONVERSATION, f"talk-{n}", f"text {n}") for n in range(5000)]
+items = [IndexItem(Kind.CONVERSATION, f"talk-{n}", f"text {n}") for n in range(2000)]
 store.offer(items, keep_text=False)
 for item in items:
     store.mark_ended([(item, None)])
@@ -265,14 +263,14 @@ for item in items:
 
 def test_a_kill_loses_no_mark(path: Path) -> None:
     """Marks before SIGKILL are there afterwards."""
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        told = [process.stdout.readline().decode().strip() for _ in range(20)]
-        process.send_signal(signal.SIGKILL)
-        told += process.stdout.read().decode().split("\n")[:-1]
+    process = PipedProcess(["-c", KILLED, str(path)])
+    told = [process.stdout.readline().strip() for _ in range(20)]
+    process.kill()
+    told += process.finish().split("\n")[:-1]
+    assert process.returncode == -signal.SIGKILL
     with DocumentationStore(path) as store:
         marked = {item.name for item in store.items(TALK, State.INDEXED)}
-        assert store.counts()[TALK][State.PENDING] + len(marked) == 5000
+        assert store.counts()[TALK][State.PENDING] + len(marked) == 2000
     assert set(filter(None, told)) <= marked
     assert len(marked) - len(set(told)) <= 1
 
@@ -330,7 +328,7 @@ def test_the_usual_place_is_the_folder_of_the_settings(tmp_path: Path, monkeypat
 
 def test_a_pass_over_unchanged_items_writes_nothing(path: Path, store: DocumentationStore) -> None:
     """A pass over 100,000 unchanged conversations only reads."""
-    items = talks(2000)
+    items = talks(500)
     for _ in range(2):
         store.begin_pass(TALK)
         store.offer(items, keep_text=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,16 @@ def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
 def site(fake: FakeOpenAI, tmp_path: Path) -> IndexSite:
     """Return a database, an empty index and an environment for ``cli.py index``."""
     return IndexSite(tmp_path, fake)
+
+
+_loaded_once = functools.cache(functools.cache)
+
+
+@pytest.fixture
+def loaded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the local providers of this process share one model: loading it takes a quarter of a second."""
+    minilm = pytest.importorskip("embedded.minilm", reason="requirements-index.txt is not installed")
+    monkeypatch.setattr(minilm, "Encoder", _loaded_once(minilm.Encoder))
 
 
 @pytest.fixture

@@ -64,7 +64,11 @@ class FakeProvider:
         self.limits = limits
         self.max_concurrent = max_concurrent
         self.count_tokens = count
-        self._client = openai.OpenAI(base_url=url, api_key="sk-test", max_retries=0, timeout=timeout_s)
+        # Loading certificates, which the fake does not need, takes longer than most tests.
+        plain = openai.DefaultHttpxClient(verify=False)
+        self._client = openai.OpenAI(
+            base_url=url, api_key="sk-test", max_retries=0, timeout=timeout_s, http_client=plain
+        )
 
     def embed(self, texts: Sequence[str], on_answer: Any = None) -> Answer:
         """One call; vectors in the order of their index, as many as came."""

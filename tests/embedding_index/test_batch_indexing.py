@@ -237,6 +237,7 @@ def test_write_failure_is_reported_once_and_nothing_is_marked_indexed(
     assert (tried, ended) == ([1], [])
 
 
+@pytest.mark.usefixtures("loaded_model")
 def test_stores_without_arguments_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They use its provider, folder, batch size and retries."""
     for name in known_environment_names():

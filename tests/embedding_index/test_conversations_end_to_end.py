@@ -16,8 +16,9 @@ from config import load_settings
 from config.index_settings import IndexSettings, load_index_settings
 from embedding_index.conversation_source import ConversationCounts, Options, index_conversations
 from tests.embedding_index.stores import open_store
-from tests.service.service_process import ServiceProcess, conversation, serve
+from tests.service.service_process import NO_MODEL, ServiceProcess, conversation, serve
 
+pytestmark = pytest.mark.usefixtures("loaded_model")
 KEY = "sk-not-a-real-key-0123456789"
 PROBLEMS = {
     "late": "My parcel should have arrived on Monday and nobody can tell me where it is.",
@@ -48,7 +49,7 @@ class Place:
 
     @property
     def variables(self) -> dict[str, str]:
-        return {"EMBEDDING_PROVIDER": "local", "INDEX_DIR": str(self.folder / "index"), "API_EMBEDDED": "true"}
+        return {"EMBEDDING_PROVIDER": "local", "INDEX_DIR": str(self.folder / "index"), **NO_MODEL}
 
     def add(self, name: str, text: str, intent: str = "Other") -> None:
         labels = {"intent": intent, "topic": "Other", "sentiment": "Negative", "categorization": f"About {name}."}
@@ -138,6 +139,7 @@ def test_an_index_of_another_model_is_not_searched(place: Place, tmp_path: Path)
         assert "--rebuild" in service.log
 
 
+@pytest.mark.thorough
 def test_no_text_goes_to_openai_without_permission(place: Place, tmp_path: Path) -> None:
     """OpenAI's address is outside your network."""
     place.index()

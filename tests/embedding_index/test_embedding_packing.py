@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedding_index import inputs
 from embedding_index.inputs import pack
 from embedding_index.providers.contract import RequestLimits
 
@@ -63,13 +64,18 @@ def test_both_limits_tight_at_once() -> None:
     assert len(pack(sizes, OPENAI, 2048)) == 5
 
 
-def test_large_inputs_that_leave_no_room_are_packed_in_reasonable_time() -> None:
+def test_large_inputs_that_leave_no_room_are_packed_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thirds of a call each: one per call, far above the bound by tokens, without a try of each number."""
-    start = time.process_time()
-    calls = pack([200, 101] * 3000, RequestLimits(2048, 300, 300), 100)
-    assert len(calls) <= 6000
-    assert len(pack([160] * 5000 + [120] * 5000, RequestLimits(2048, 300, 300), 100)) == 5000
-    assert time.process_time() - start < 20
+    spread, tries = inputs._spread, []
+
+    def counted(*arguments: Any) -> list[list[int]] | None:
+        tries.append(arguments)
+        return spread(*arguments)
+
+    monkeypatch.setattr(inputs, "_spread", counted)
+    assert len(pack([200, 101] * 1000, RequestLimits(2048, 300, 300), 100)) <= 2000
+    assert len(pack([160] * 1000 + [120] * 1000, RequestLimits(2048, 300, 300), 100)) == 1000
+    assert len(tries) < 60
 
 
 def test_calls_keep_the_order_of_their_inputs() -> None:

@@ -176,6 +176,7 @@ def test_another_model(site: IndexSite) -> None:
     assert (back.code, back.json["calls"], site.calls) == (0, 0, calls), "the first model's vectors are still stored"
 
 
+@pytest.mark.thorough
 def test_states_that_are_lost_cost_nothing(site: IndexSite) -> None:
     """Tables that were dropped meanwhile are not found afterwards."""
     assert site.run("--batch").code == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 
@@ -21,12 +19,15 @@ from tests.embedding_index.index_commands import (
     until,
 )
 from tests.fakes.fake_ollama import FakeOllama
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_INDEX, ForkedProcess, run_forked
 
 ITEMS = TABLES + RELATIONSHIPS
-# A finder before all others makes packages look as if they were not installed.
+# A finder before all others makes packages look as if they were not installed; what a fork has loaded is loaded again.
 WITHOUT = """
 import importlib.abc, runpy, sys
+for name, module in list(sys.modules.items()):
+    if name.partition('.')[0] in {names!r} or (getattr(module, '__file__', None) or '').startswith({root!r}):
+        del sys.modules[name]
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] in {names!r}:
@@ -57,10 +58,7 @@ def said_by(process: ForkedProcess) -> str:
 def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
     """Run the command as if the packages *names* were not installed."""
     program = WITHOUT.format(names=names, flags=list(flags), script=str(ROOT / "cli.py"), root=str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=site.environment, cwd=site.folder, capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
+    done = run_forked(["-c", program], site.environment, site.folder, preload=OF_THE_INDEX)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -172,20 +170,6 @@ def test_an_item_that_fails_is_named_and_tried_again_next_time(site: IndexSite) 
     assert site.states() == {"indexed": ITEMS}
 
 
-def test_the_index_is_locked(site: IndexSite) -> None:
-    """One process at a time may write; a search needs no lock."""
-    assert site.run("--batch").code == 0
-    site.change("CREATE TABLE tickets (id INTEGER PRIMARY KEY)")
-    site.fake.configure(faults=[{"kind": "hang"}])
-    with site.started("--batch"):
-        site.fake.wait_for("in_flight", at_least=1)
-        said = sentence(site.run("--batch"), 5)
-        assert "another worker is using" in said
-        assert "INDEX_DIR" in said
-        site.fake.configure(faults=[])
-        assert site.run("--search", "refunds").code == 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: int) -> None:
     """The exit code is 130; the same command resumes and pays nothing twice."""
@@ -221,7 +205,7 @@ def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
     assert site.states() == {"indexed": ITEMS}
 
 
-def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
+def test_a_signal_ends_a_search(site: IndexSite) -> None:
     """The first signal ends it, because nothing has to be finished."""
     assert site.run("--batch").code == 0
     site.fake.configure(faults=[{"kind": "hang"}])
@@ -229,6 +213,11 @@ def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
     with site.started("--search", "refunds") as process:
         site.fake.wait_for(CALLS, at_least=calls + 1)
         assert process.stop(signal.SIGTERM).code == 130
+
+
+@pytest.mark.thorough
+def test_a_signal_ends_an_opening(site: IndexSite) -> None:
+    """The first signal ends it, because nothing has to be finished."""
     with FakeOllama() as ollama:
         ollama.pause()
         endpoint = f"http://127.0.0.1:{ollama.port}"

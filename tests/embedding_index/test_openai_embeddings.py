@@ -25,6 +25,7 @@ from error_handler import (
     TriadError,
     UnusableVectorsError,
 )
+from tests.cases import mostly_thorough
 from tests.embedding_index.embedding_site import open_openai
 from tests.fakes.fake_openai import FakeOpenAI, expected_embedding
 from tests.fakes.scripted_server import Handler, ScriptedServer, answer, drip, scripted_server
@@ -134,7 +135,9 @@ def test_errors_do_not_quote_what_the_server_quotes(fake: FakeOpenAI, provider: 
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["bad_request_400", "rate_limit_429", "server_error_500", "not_found_404"])
+@pytest.mark.parametrize(
+    "kind", mostly_thorough(["bad_request_400", "rate_limit_429", "server_error_500", "not_found_404"], 2)
+)
 def test_errors_have_the_reason_of_the_server(fake: FakeOpenAI, provider: OpenAIProvider, kind: str) -> None:
     fake.configure(faults=[{"kind": kind, "message": "input 3 has no tokens", "code": "c"}])
     with pytest.raises(TriadError, match="; the server says: input 3 has no tokens"):

@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from embedding_index import search_graph
 from error_handler import VectorStoreError
+from tests.forked_process import OF_THE_INDEX, run_forked
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    """Run *code* in a process in which ChromaDB has not been loaded."""
+    return run_forked(["-c", code, *map(str, arguments)], {**os.environ, **variables}, ROOT, preload=OF_THE_INDEX)
 
 
 def test_foreign_errors_are_translated(tmp_path: Path) -> None:
@@ -64,27 +57,29 @@ from embedding_index.vector_ledger import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.index_entries import Searcher, make_index
-search_graph.EXACT_UP_TO_BYTES = 0
 folder = Path(sys.argv[1])
 folder.mkdir()
 make_index(folder, range(3))
-with VectorLedger(folder / LEDGER_FILE) as ledger:
-    search_graph.publish_graph(SearchEntries(ledger), folder)
-searcher = Searcher(folder)
-assert searcher.first(2) == "2" and searcher._search._graph is not None
-searcher.close()
+for search_graph.EXACT_UP_TO_BYTES in (search_graph.EXACT_UP_TO_BYTES, 0):
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        search_graph.publish_graph(SearchEntries(ledger), folder)
+    searcher = Searcher(folder)
+    is_large = search_graph.EXACT_UP_TO_BYTES == 0
+    assert searcher.first(2) == "2" and (searcher._search._graph is not None) == is_large
+    searcher.close()
+    assert ("chromadb" in sys.modules) == is_large, "loading it takes a second"
 assert logging.getLogger().handlers == [] and logging.getLogger().level == logging.WARNING
 """
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter knows the system calls of x86-64")
 def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
-    """It opens no socket, writes no file to the home folder, prints nothing and leaves logging unchanged."""
+    """It opens no socket, writes no file to the home folder and leaves logging unchanged; a small index does not load it."""
     home = tmp_path / "home"
     home.mkdir()
     caught = run_python(GUARD + "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)")
     assert caught.returncode == -signal.SIGSYS, caught.stderr
-    done = run_python(GUARD + USE, tmp_path / "index", HOME=str(home), PYTHONDONTWRITEBYTECODE="1")
+    done = run_python(GUARD + USE, tmp_path / "index", HOME=str(home))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(home.rglob("*")) == []
 
@@ -98,12 +93,3 @@ def test_environment_does_not_move_the_graph(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
     refused = run_python("import sys\n" + USE, tmp_path / "other", MIGRATIONS="2024")
     assert "ConfigurationError: ChromaDB reads settings from the environment" in refused.stderr
-
-
-def test_chromadb_is_not_loaded_for_a_small_index(tmp_path: Path) -> None:
-    """Loading it would take a second."""
-    code = USE.replace("search_graph.EXACT_UP_TO_BYTES = 0\n", "").replace(
-        " and searcher._search._graph is not None", ""
-    )
-    done = run_python(f"import sys\n{code}assert 'chromadb' not in sys.modules", tmp_path / "index")
-    assert done.returncode == 0, done.stderr

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ from database_docs.items import content_hash
 from embedding_index.providers.contract import ModelIdentity, Vector
 from embedding_index.vector_ledger import Totals, VectorLedger
 from error_handler import MixedIndexError, StateDirectoryError
+from tests.forked_process import PipedProcess
 
-ROOT = Path(__file__).parents[2]
 MODEL = ModelIdentity("openai", "small")
 
 
@@ -165,12 +162,12 @@ def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
         "    ledger.add(ModelIdentity('openai', 'small'), {content_hash(f'{n} {i}'): np.ones(100, np.float32) for i in range(9)}, 1)\n"
         "    print(n, flush=True)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for _ in range(12):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        added = 12 + len(process.stdout.read().splitlines())
+    process = PipedProcess(["-c", code, str(path)], preload=["embedding_index.vector_ledger"])
+    for _ in range(12):
+        process.stdout.readline()
+    process.kill()
+    added = 12 + len(process.finish().splitlines())
+    assert process.returncode == -signal.SIGKILL
     with VectorLedger(path) as ledger:
         totals = ledger.totals(MODEL)
     assert totals.vectors == 9 * totals.calls, "half of an addition"

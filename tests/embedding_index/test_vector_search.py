@@ -80,19 +80,19 @@ def test_equal_vectors_come_by_name_wherever_their_rows_are() -> None:
 def test_each_vector_finds_itself_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_bytes: int) -> None:
     """This holds with the graph as well, and after changes between two searches."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", exact_bytes)
-    make_index(tmp_path, range(600))
+    make_index(tmp_path, range(200))
     publish(tmp_path)
     assert has_graph(tmp_path) == (exact_bytes == 0)
     searcher = Searcher(tmp_path)
-    assert [searcher.first(number) for number in range(0, 600, 4)] == list(map(str, range(0, 600, 4)))
+    assert [searcher.first(number) for number in range(0, 200, 4)] == list(map(str, range(0, 200, 4)))
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         SearchEntries(ledger).delete(Kind.TABLE, ["5", "no such table"])
     assert searcher.first(5) != "5"
-    make_index(tmp_path, [5, 600])
-    assert [searcher.first(number) for number in (5, 600)] == ["5", "600"]
+    make_index(tmp_path, [5, 200])
+    assert [searcher.first(number) for number in (5, 200)] == ["5", "200"]
     publish(tmp_path)
-    assert [searcher.first(number) for number in (5, 600)] == ["5", "600"]
-    assert len(searcher.hits(vector_of(5), limit=700)) == 601
+    assert [searcher.first(number) for number in (5, 200)] == ["5", "200"]
+    assert len(searcher.hits(vector_of(5), limit=300)) == 201
     searcher.close()
 
 
@@ -248,20 +248,20 @@ def test_graph_is_built_for_large_kinds_only(tmp_path: Path, monkeypatch: pytest
 
 def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Path, large: None) -> None:
     """New labels keep the graph; new names or texts replace it."""
-    make_index(tmp_path, range(20))
+    make_index(tmp_path, range(10))
     publish(tmp_path)
     first = graph_folder(tmp_path)
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         SearchEntries(ledger).update_metadata([item(3, label="new")])
     publish(tmp_path)
     assert graph_folder(tmp_path) == first
-    make_index(tmp_path, [20])
+    make_index(tmp_path, [10])
     assert not has_graph(tmp_path)
-    assert_finds(tmp_path, range(21))
+    assert_finds(tmp_path, range(11))
     publish(tmp_path)
     assert graph_folder(tmp_path) != first
     assert has_graph(tmp_path)
-    assert_finds(tmp_path, range(21))
+    assert_finds(tmp_path, range(11))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Pat
 )
 def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, large: None, change: str) -> None:
     """Until then, searches compare all vectors and find everything."""
-    make_index(tmp_path, range(30))
+    make_index(tmp_path, range(10))
     publish(tmp_path)
     database = graph_folder(tmp_path) / "chroma.sqlite3"
     graph = search_graph.SearchGraph(graph_folder(tmp_path))
@@ -290,10 +290,10 @@ def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, la
         database.write_bytes(b"")
     elif change == "no database":
         database.write_bytes(b"no database" * 1000)
-    assert_finds(tmp_path, range(30))
+    assert_finds(tmp_path, range(10))
     publish(tmp_path)
     assert has_graph(tmp_path)
-    assert_finds(tmp_path, range(30))
+    assert_finds(tmp_path, range(10))
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path, large: None) -> None:
