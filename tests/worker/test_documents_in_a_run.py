@@ -154,7 +154,9 @@ def check_no_canary(site: Site, said_by_worker: str) -> None:
         assert CANARY.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["one run", "after a crash"])
+@pytest.mark.parametrize(
+    "crash", [pytest.param(False, id="one run", marks=pytest.mark.thorough), pytest.param(True, id="after a crash")]
+)
 def test_malformed_documents_are_skipped_or_fail_alone(site: Site, crash: bool) -> None:
     """Each is classified, skipped or quarantined with its reason; the run ends; no log or report quotes them."""
     documents, expected = bad_documents()
@@ -232,10 +234,10 @@ def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
 
 def test_limit_stops_after_that_many_documents(site: Site) -> None:
     """Each run takes that many documents and no more; what it did not take stays pending and free."""
-    documents = [conversation(number) for number in range(50)]
+    documents = [conversation(number) for number in range(20)]
     site.source.insert_many(documents)
-    for done in (15, 30):
-        ended = site.run("--limit", "15", "--batch-size", "10")
+    for done in (6, 12):
+        ended = site.run("--limit", "6", "--batch-size", "4")
         assert ended.code == 0, ended.err
         check_results(site, documents[:done])
         assert site.source.count_documents({"status": "pending"}) == len(documents) - done

@@ -77,6 +77,7 @@ def test_service_answers_with_the_field_of_the_example(site: Site, labels: str, 
     assert (hit["classification"]["intent"], hit["classification"]["urgency"]) == ("Order Status", "")
 
 
+@pytest.mark.thorough
 def test_similar_conversations_have_lists_of_labels(tmp_path: Path) -> None:
     """Of the fields that the service knows; none where the conversation was labelled without them."""
     own = tmp_path / "own.yaml"

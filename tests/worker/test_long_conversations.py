@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.worker.long_conversations import SENTENCE, check_labels_are_of_what_was_sent, long_conversation
 from tests.worker.site import (
     Document,
@@ -39,7 +40,7 @@ def metadata(result: Document) -> tuple[bool, int, int]:
     return made["input_complete"], made["turns_used"], made["turns_total"]
 
 
-@pytest.mark.parametrize("server", SERVERS.values(), ids=list(SERVERS))
+@pytest.mark.parametrize("server", mostly_thorough(SERVERS.values(), 3), ids=list(SERVERS))
 def test_long_conversations_are_fitted_and_say_so(site: Site, server: dict[str, Any]) -> None:
     """Short ones stay whole; the others keep as many turns as fit. The prompt is never refused."""
     model_of(site).configure(**server)
@@ -59,7 +60,7 @@ def test_long_conversations_are_fitted_and_say_so(site: Site, server: dict[str, 
     assert {result["processing_metadata"]["attempts"] for result in results.values()} == {1}
 
 
-@pytest.mark.parametrize("server", SERVERS.values(), ids=list(SERVERS))
+@pytest.mark.parametrize("server", mostly_thorough(SERVERS.values(), 3, first=2), ids=list(SERVERS))
 @pytest.mark.parametrize(
     "ignores", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["refused", "cut-in-silence"]
 )
@@ -75,7 +76,7 @@ def test_a_tokenizer_that_makes_more_tokens_than_expected(site: Site, server: di
     assert results[0]["processing_metadata"]["prompt_tokens"] <= 8192 - 700
 
 
-@pytest.mark.parametrize("mode", ["skip", "fail"])
+@pytest.mark.parametrize("mode", ["skip", pytest.param("fail", marks=pytest.mark.thorough)])
 def test_what_becomes_of_them_is_the_operators_choice(site: Site, mode: str) -> None:
     """Skipped with its reason, or quarantined; the others have their results, and a second run asks for nothing."""
     fill(site)

@@ -31,7 +31,7 @@ def await_expiry(site: Site) -> None:
 
 def test_other_workers_take_over_after_a_death(site: Site) -> None:
     """Each document is asked for once, but for those in flight at the death; none has two results."""
-    documents = documents_of_all_shapes(360)
+    documents = documents_of_all_shapes(180)
     site.source.insert_many(documents)
     assert site.model is not None
     site.model.configure(slots=3 * CONCURRENCY, latency_s=0.1)
