@@ -132,7 +132,7 @@ def test_duplicates_that_all_fail_get_their_own_rounds(site: Site) -> None:
     """Nobody is failed by the failure of another: every one has had its own calls."""
     assert site.model is not None
     hopeless = [same(number, 0) for number in range(3)]
-    documents = hopeless + [same(number, number) for number in range(3, 60)]
+    documents = hopeless + [same(number, number) for number in range(3, 20)]
     site.source.insert_many(documents)
     site.model.configure(faults=[{"kind": "wrong_label", "when": {"text": "Case 00000"}}])
     ended = site.run()
@@ -157,6 +157,7 @@ def test_resumed_run_reuses_earlier_answers(site: Site) -> None:
     check_origins(site, documents)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "content",
     [None, *(pytest.param(content, marks=pytest.mark.thorough) for content in (b"not a database", b""))],
@@ -179,9 +180,9 @@ def test_lost_reply_cache_costs_only_calls(site: Site, content: bytes | None) ->
 
 def test_other_model_does_not_reuse_answers(site: Site) -> None:
     """A run that goes on with another model asks that one."""
-    documents = filled(site, 100, distinct=8)
+    documents = filled(site, 80, distinct=8)
     assert site.run("--batch-size", "20", plan={"seam": "completed", "passage": 3}).code == -signal.SIGKILL
-    late = [same(number, number % 8) for number in range(100, 140)]
+    late = [same(number, number % 8) for number in range(100, 116)]
     site.source.insert_many(late)
     assert site.run("--batch-size", "20", OLLAMA_MODEL="qwen3:8b").code == 0
     check_exactly_once(site, documents + late)
@@ -229,6 +230,7 @@ def test_random_kills(site: Site) -> None:
     assert requests(site) <= distinct + CONCURRENCY * killed
 
 
+@pytest.mark.thorough
 def test_document_is_never_a_copy_of_itself(site: Site) -> None:
     """A power cut may take the journal with the answer and leave the file that says it was asked: it is asked again."""
     documents = filled(site, 30, distinct=30)

@@ -77,7 +77,7 @@ def test_ids_of_every_bson_type(site: Site) -> None:
 
 def test_documents_inserted_during_the_run_are_processed(site: Site) -> None:
     """Smaller and greater ids than those read: the sweep at the end finds them."""
-    documents = [conversation(number) for number in range(1000, 1060)]
+    documents = [conversation(number) for number in range(1000, 1040)]
     site.source.insert_many(documents)
     model_of(site).configure(latency_s=0.1)
     late = [conversation(number) for number in (1, 2, 3, 5000, 5001)]
@@ -217,7 +217,7 @@ def test_exports_of_other_programs_are_read_and_ordered(site: Site) -> None:
 
 def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     """It gets two chances; then it is quarantined as poison, and everything else has its result."""
-    documents = [conversation(number) for number in range(40)]
+    documents = [conversation(number) for number in range(15)]
     site.source.insert_many(documents)
     plan = {"poison": "7"}
     assert site.run(plan=plan).code == -signal.SIGABRT
@@ -232,6 +232,7 @@ def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     check_calls(site, [document for document in documents if document["_id"] != 7], repeated=2 * CONCURRENCY)
 
 
+@pytest.mark.thorough
 def test_limit_stops_after_that_many_documents(site: Site) -> None:
     """Each run takes that many documents and no more; what it did not take stays pending and free."""
     documents = [conversation(number) for number in range(20)]

@@ -278,7 +278,7 @@ def test_limit(site: Site) -> None:
 @pytest.mark.parametrize("batch_size", [pytest.param("2", marks=pytest.mark.thorough), "100"])
 def test_model_that_disappears(site: Site, batch_size: str) -> None:
     """Five such answers end the run; the documents that got them wait for the next one, and no flag is needed."""
-    documents = filled(site, 40)
+    documents = filled(site, 20)
     gone = {
         "kind": "status",
         "status": 404,

@@ -61,6 +61,7 @@ def test_worker_labels_the_field_of_the_example(site: Site, labels: str) -> None
     assert confidence == pytest.approx(dict.fromkeys(["intent", "topic", "sentiment", "urgency"], 0.9), abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_service_answers_with_the_field_of_the_example(site: Site, labels: str, tmp_path: Path) -> None:
     """Its document lists the labels, and the answer has one of them."""
     variables = {"OLLAMA_ENDPOINT": model_of(site).url, "OLLAMA_MODEL": "llama3.2", "TAXONOMY_FILE": labels}

@@ -115,6 +115,7 @@ def test_plain_keys_are_stored_below_the_response_field(site: Job, monkeypatch: 
     assert document["event_response"]["talking_points"] == {"points": ["ai_status"], "urgency": "soon"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
 def test_endless_processor_fails_its_document_only(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """AT-20: the other documents are completed in the same run."""

@@ -93,6 +93,7 @@ def test_what_becomes_of_them_is_the_operators_choice(site: Site, mode: str) -> 
     assert model_of(site).stats()["chat_requests"] == asked == 6
 
 
+@pytest.mark.thorough
 def test_a_skip_survives_a_crash(site: Site) -> None:
     """A conversation that the journal notes as skipped is skipped by the next run too, and does not fail."""
     documents = [*(long_conversation(number, 600) for number in range(4)), *(conversation(9 + n) for n in range(4))]
@@ -109,18 +110,18 @@ def test_a_skip_survives_a_crash(site: Site) -> None:
 
 def test_the_window_is_chosen_from_a_sample_and_the_models_limit(site: Site) -> None:
     """Short conversations take 4096 or 8192, longer ones more, none more than the model has; the console says which."""
-    site.source.insert_many([conversation(number) for number in range(20)])
+    site.source.insert_many([conversation(number) for number in range(10)])
     ended = site.run()
-    assert "context window: 4096 tokens, holds 100.0% of a sample of 20 conversations" in ended.err
+    assert "context window: 4096 tokens, holds 100.0% of a sample of 10 conversations" in ended.err
     assert model_of(site).requests()[0]["options"]["num_ctx"] == 4096
-    site.source.insert_many([long_conversation(100 + number, 200) for number in range(20)])
+    site.source.insert_many([long_conversation(100 + number, 200) for number in range(10)])
     ended = site.run("--logs")
     assert "loading it again" in ended.err
     assert "INFO - batch_processor - context window: 16384 tokens" in ended.err
     assert all(metadata(result)[0] for result in site.results.find())
     model_of(site).configure(models=[{"name": "llama3.2:latest", "context_length": 6000}])
     ended = site.run("--reprocess")
-    assert "context window: 6000 tokens, holds 50.0% of a sample of 40 conversations" in ended.err
-    assert sum(not metadata(result)[0] for result in site.results.find()) == 20
+    assert "context window: 6000 tokens, holds 50.0% of a sample of 20 conversations" in ended.err
+    assert sum(not metadata(result)[0] for result in site.results.find()) == 10
     last: dict[str, Any] = json.loads(json.dumps(model_of(site).requests()[-1]))
     assert last["options"]["num_ctx"] == 6000

@@ -143,6 +143,7 @@ async def test_role_of_the_service_is_enough_for_its_lease(strict: EmbeddedMongo
     assert client[DB_NAME][COLLECTION].count_documents({}) == 1
 
 
+@pytest.mark.thorough
 def test_role_of_reviewers_is_enough_and_changes_no_result(
     reviewer_uri: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

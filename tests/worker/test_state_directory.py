@@ -121,6 +121,7 @@ def test_full_disk_ends_with_a_message(site: Site) -> None:
         check_calls(site, documents, repeated=CONCURRENCY)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "limit", [7_000, *(pytest.param(size, marks=pytest.mark.thorough) for size in (2_000, 12_000))]
 )
@@ -175,7 +176,7 @@ def test_files_are_private(site: Site) -> None:
 
 def test_second_worker_on_a_directory_is_refused(site: Site) -> None:
     """The second exits with 5 and harms nothing; a killed holder gives the directory back."""
-    documents = filled(site, 60)
+    documents = filled(site, 30)
     model_of(site).configure(latency_s=0.5)
     with site.start() as worker:
         model_of(site).wait_for("in_flight", equals=CONCURRENCY)
@@ -211,7 +212,7 @@ def test_unusable_files_do_no_harm(tmp_path: Path, name: str, content: bytes) ->
     assert path.with_name(path.name + ".corrupt").read_bytes() == content
 
 
-def test_truncated_file_is_set_aside(site: Site) -> None:
+def test_truncated_file_is_set_aside_and_truncated_journal_replayed_up_to_the_cut(site: Site) -> None:
     """No beginning of a batch file passes for a whole one."""
     filled(site, 20)
     killed_in_the_middle(site)
@@ -223,13 +224,12 @@ def test_truncated_file_is_set_aside(site: Site) -> None:
         assert list(BatchFiles(site.directory).load_pending()) == []
         assert aside.read_bytes() == whole[:size]
         aside.unlink()
+    path.write_bytes(whole)
+    check_truncated_journal(site, site.files("pending/*.journal")[0])
 
 
-def test_truncated_journal_is_replayed_up_to_the_cut(site: Site) -> None:
+def check_truncated_journal(site: Site, path: Path) -> None:
     """Every whole line counts, and what follows a torn one is read too."""
-    filled(site, 20)
-    killed_in_the_middle(site)
-    path = site.files("pending/*.journal")[0]
     whole = path.read_bytes()
     for size in range(0, len(whole), 151):
         path.write_bytes(whole[:size])
@@ -249,7 +249,7 @@ def test_truncated_journal_is_replayed_up_to_the_cut(site: Site) -> None:
 )
 def test_documents_of_a_corrupt_batch_are_found_in_mongodb(site: Site, damage: bytes | str) -> None:
     """It is set aside with a message, and every document of it gets its result all the same."""
-    documents = filled(site, 60)
+    documents = filled(site, 30)
     killed_in_the_middle(site)
     for path in site.files("pending/*.json"):
         whole = path.read_bytes()
@@ -281,6 +281,7 @@ def test_documents_of_a_corrupt_retry_file_are_found_in_mongodb(site: Site) -> N
     assert site.files("retry/*.corrupt")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "content",
     [
@@ -331,8 +332,8 @@ def test_retry_file_moved_to_pending_gets_fresh_attempts(site: Site) -> None:
 @pytest.mark.parametrize("way", [pytest.param("operator", marks=pytest.mark.thorough), "--retry-failed"])
 def test_retry_failed_requeues_quarantined_documents(site: Site, way: str) -> None:
     """Moved to ``pending/`` by hand or by the flag, they are asked again, and nothing else is."""
-    documents = filled(site, 60)
-    hopeless = [documents[3], documents[33]]
+    documents = filled(site, 24)
+    hopeless = [documents[3], documents[21]]
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {document['_id']:05d}"}} for document in hopeless]
     model_of(site).configure(faults=faults)
     assert site.run().code == 1
@@ -373,7 +374,7 @@ def test_unwritten_answer_is_not_asked_again(site: Site, way: str) -> None:
 
 def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
     """--retry-failed asks neither twice for what fails in the run itself nor keeps two entries of it."""
-    documents = filled(site, 100)
+    documents = filled(site, 60)
     hopeless = [documents[3], documents[33]]
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {document['_id']:05d}"}} for document in hopeless]
     model_of(site).configure(faults=faults)
@@ -385,7 +386,7 @@ def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
 
 def test_worker_without_worker_json_keeps_its_leases(site: Site) -> None:
     """The checkpoint has its id as well; otherwise its own leases would lock it out until they expire."""
-    documents = documents_of_all_shapes(60)
+    documents = documents_of_all_shapes(40)
     site.source.insert_many(documents)
     assert site.model is not None
     with site.start() as worker:

@@ -143,6 +143,7 @@ async def test_what_changes_while_the_network_is_cut_is_found_afterwards(
     assert requests(there) == 3
 
 
+@pytest.mark.thorough
 async def test_two_workers_share_the_stream(there: Site) -> None:
     """Both see each change, and one of them labels the conversation."""
     async with following(there), following(there.sibling("second")):
