@@ -102,6 +102,7 @@ def test_next_run_does_not_reuse_answers(site: Site) -> None:
     }
 
 
+@pytest.mark.thorough
 def test_reprocess_asks_each_text_once(site: Site) -> None:
     """All results are of the new job, and the copies name documents of it."""
     documents = filled(site, 30, distinct=5)
@@ -128,6 +129,7 @@ def test_failure_of_the_asked_document_does_not_fail_its_duplicates(site: Site) 
     assert Counter(how["attempts"] for how in made(site).values()) == {0: 38, 1: 2}
 
 
+@pytest.mark.thorough
 def test_duplicates_that_all_fail_get_their_own_rounds(site: Site) -> None:
     """Nobody is failed by the failure of another: every one has had its own calls."""
     assert site.model is not None

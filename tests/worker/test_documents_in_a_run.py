@@ -269,6 +269,7 @@ def test_reprocess_resumes_after_a_crash(site: Site) -> None:
     assert model_of(site).stats()["chat_requests"] == asked + len(documents)
 
 
+@pytest.mark.thorough
 def test_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     """Neither in MongoDB nor on the disk, and the model is not asked."""
     documents = [conversation(number) for number in range(30)] + [{"_id": "skip", "text": None, "processed": False}]
@@ -291,6 +292,7 @@ def test_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     assert not fresh.directory.exists()
 
 
+@pytest.mark.thorough
 def test_unrecognised_status_is_ignored(site: Site) -> None:
     """A status that is not of this product is somebody else's business."""
     documents = [conversation(number) for number in range(10)]

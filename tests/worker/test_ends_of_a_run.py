@@ -110,7 +110,7 @@ def test_incomplete(site: Site) -> None:
 @pytest.mark.parametrize("batch_size", [pytest.param("20", marks=pytest.mark.thorough), "100"])
 def test_threshold(site: Site, batch_size: str) -> None:
     """Also of a batch that is not finished; the flag that the sentence names processes all."""
-    documents = filled(site, 80)
+    documents = filled(site, 65)
     model_of(site).configure(faults=[REFUSED])
     ended = site.run(BATCH_SIZE=batch_size)
     assert ended.code == 4
@@ -275,7 +275,8 @@ def test_limit(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param("2", marks=pytest.mark.thorough), "100"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("batch_size", ["2", "100"])
 def test_model_that_disappears(site: Site, batch_size: str) -> None:
     """Five such answers end the run; the documents that got them wait for the next one, and no flag is needed."""
     documents = filled(site, 20)

@@ -130,6 +130,7 @@ def test_failed_documents_of_another_directory_are_named(site: Site) -> None:
     assert planned(site)["done"] == 4
 
 
+@pytest.mark.thorough
 def test_continuous_run_goes_on_without_documents_to_select(site: Site) -> None:
     """Exit code 1 is for one pass in batch mode: a document that arrives later is classified."""
     site.source.insert_one(conversation(1, status="closed"))

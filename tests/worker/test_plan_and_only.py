@@ -15,7 +15,6 @@ from batch_processor import BatchProcessor
 from config import load_settings
 from config.taxonomy import DEFAULT_TAXONOMY
 from storage import extended_json
-from tests.cases import mostly_thorough
 from tests.worker.site import (
     Document,
     Site,
@@ -390,9 +389,8 @@ def test_no_model_is_loaded_without_work(site: Site) -> None:
         assert model_of(site).stats()["load_requests"] == 1, flags
 
 
-@pytest.mark.parametrize(
-    "flags", mostly_thorough([(("--reprocess",),), (("--only", "changed"),), (("--retry-failed",),)], 3)
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("flags", [("--reprocess",), ("--only", "changed"), ("--retry-failed",)])
 def test_model_is_loaded_for_documents_of_every_selection(site: Site, flags: tuple[str, ...]) -> None:
     filled(site, 3)
     assert site.run().code == 0

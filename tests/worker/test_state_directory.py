@@ -372,9 +372,10 @@ def test_unwritten_answer_is_not_asked_again(site: Site, way: str) -> None:
     assert calls(site, documents[7]) == 1
 
 
+@pytest.mark.thorough
 def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
     """--retry-failed asks neither twice for what fails in the run itself nor keeps two entries of it."""
-    documents = filled(site, 60)
+    documents = filled(site, 300)
     hopeless = [documents[3], documents[33]]
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {document['_id']:05d}"}} for document in hopeless]
     model_of(site).configure(faults=faults)
