@@ -140,15 +140,18 @@ _RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name
 _READ_PAGE, _RELEASE = DocumentStore.read_page.__code__, DocumentStore.release.__code__
 
 
-def record() -> Walk:
-    """Run one document and return its walk."""
+def record(uri: str) -> Walk:
+    """Run one document in a database of the MongoDB at *uri*, which is dropped before and after; return its walk."""
     with (
         tempfile.TemporaryDirectory(prefix="walk-") as folder,
-        EmbeddedMongod(Path(folder) / "mongod") as mongod,
         FakeOllama() as fake,
-        MongoClient[dict[str, Any]](mongod.uri) as client,
+        MongoClient[dict[str, Any]](uri) as client,
     ):
-        return asyncio.run(_record(client, mongod.uri, fake.url, Path(folder) / "batch_files"))
+        client.drop_database(DATABASE)
+        try:
+            return asyncio.run(_record(client, uri, fake.url, Path(folder) / "batch_files"))
+        finally:
+            client.drop_database(DATABASE)
 
 
 async def _record(client: MongoClient[dict[str, Any]], uri: str, url: str, directory: Path) -> Walk:
@@ -182,7 +185,8 @@ async def _record(client: MongoClient[dict[str, Any]], uri: str, url: str, direc
 
 def measure(*, quick: bool) -> list[Row]:  # noqa: ARG001 - one document is quick
     """Print the walk; return its figures."""
-    walk = record()
+    with tempfile.TemporaryDirectory(prefix="walk-") as folder, EmbeddedMongod(Path(folder)) as mongod:
+        walk = record(mongod.uri)
     for number, (caller, module) in enumerate(walk.arrows, 1):
         functions = dict.fromkeys(call[3].split(".<locals>")[0] for call in walk.calls if call[1:3] == (caller, module))
         is_crossing = "*" if _folder(caller) != _folder(module) else " "

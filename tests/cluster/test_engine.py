@@ -15,8 +15,8 @@ from cluster.tally import Ended, Job, Snapshot, added
 from cluster.worker import ClusterWorker
 from config import load_settings
 from error_handler import WorkerLostError
+from tests.worker.site import Document, Site, check_exactly_once, check_results, check_statuses, filled, model_of
 from tests.worker.site import Ended as Run
-from tests.worker.site import Site, check_exactly_once, check_results, check_statuses, filled, model_of
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
 
@@ -122,32 +122,38 @@ def run(site: Site, *flags: str, **settings: str) -> tuple[Run, dict[str, Any]]:
     return ended, json.loads(output.read_text()) if output.exists() else {}
 
 
+def slowly(site: Site, count: int) -> list[Document]:
+    """Store *count* conversations, which take longer than some looks at the nodes."""
+    model_of(site).configure(latency_s=0.1)
+    return filled(site, count)
+
+
 def test_workers_share_the_documents_and_the_summary_has_their_sums(site: Site, nodes: Nodes) -> None:
     """Each document is asked once; each worker has a directory of its own."""
-    documents = filled(site, 120)
-    ended, stats = run(site)
+    documents = filled(site, 60)
+    ended, stats = run(site, BATCH_SIZE="5")
     assert ended.code == 0, ended.err
     shares = [worker["documents_processed"] for worker in stats["workers"]]
     assert len(shares) == 2
     assert all(shares)
-    assert (sum(shares), stats["documents_processed"], stats["successful"], stats["total"]) == (120, 120, 120, 120)
-    assert sum(stats["labels"]["sentiment"].values()) == 120
-    assert "120 documents processed" in ended.out
-    assert stats["not_selected"]["done"] == 120
+    assert (sum(shares), stats["documents_processed"], stats["successful"], stats["total"]) == (60, 60, 60, 60)
+    assert sum(stats["labels"]["sentiment"].values()) == 60
+    assert "60 documents processed" in ended.out
+    assert stats["not_selected"]["done"] == 60
     check_exactly_once(site, documents)
-    assert model_of(site).stats()["chat_requests"] == 120
+    assert model_of(site).stats()["chat_requests"] == 60
     assert {path.parent.name for path in site.files("**/checkpoint.json")} == {"worker-1", "worker-2"}
     (progress,) = site.files("progress/ray_*.json")
     state = json.loads(progress.read_text())
-    assert (state["status"], state["processed"]) == ("completed", 120)
+    assert (state["status"], state["processed"]) == ("completed", 60)
 
 
 def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes: Nodes) -> None:
     """It finishes its calls first, so no call is repeated, and its counts are kept."""
-    documents = filled(site, 120)
+    documents = slowly(site, 60)
 
     def drain() -> None:
-        if model_of(site).stats()["answered"] > 20:
+        if model_of(site).stats()["answered"] > 10:
             nodes.draining = {"node-1"}
 
     nodes.when_polled = drain
@@ -157,16 +163,16 @@ def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes:
     assert "worker 1 is being removed" in ended.err
     assert stats["workers"][0]["starts"] == 2
     check_exactly_once(site, documents)
-    assert model_of(site).stats()["chat_requests"] == stats["successful"] == 120
+    assert model_of(site).stats()["chat_requests"] == stats["successful"] == 60
 
 
 def test_documents_of_a_worker_without_a_node_are_free_at_once(site: Site, nodes: Nodes) -> None:
     """The other worker does them all; it does not wait until leases of 300 s expire."""
-    documents = filled(site, 120)
+    documents = slowly(site, 60)
     nodes.has_room = False
 
     def drain() -> None:
-        if model_of(site).stats()["answered"] > 20:
+        if model_of(site).stats()["answered"] > 10:
             nodes.draining = {"node-1"}
 
     nodes.when_polled = drain
@@ -176,15 +182,15 @@ def test_documents_of_a_worker_without_a_node_are_free_at_once(site: Site, nodes
     assert site.files("worker-1/pending/*"), "all that it had leased was done: this proves nothing"
     check_results(site, documents)
     check_statuses(site, documents)
-    assert model_of(site).stats()["chat_requests"] == stats["successful"] == 120
+    assert model_of(site).stats()["chat_requests"] == stats["successful"] == 60
 
 
 def test_documents_of_a_lost_worker_are_taken_over(site: Site, nodes: Nodes) -> None:
     """The other worker waits until the leases have expired; the command tells that a worker was lost."""
-    documents = filled(site, 80)
+    documents = slowly(site, 60)
 
     def lose() -> None:
-        if model_of(site).stats()["answered"] > 20:
+        if model_of(site).stats()["answered"] > 10:
             nodes.workers[0].lose()
 
     nodes.when_polled = lose
@@ -198,10 +204,10 @@ def test_documents_of_a_lost_worker_are_taken_over(site: Site, nodes: Nodes) -> 
 
 def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes) -> None:
     """Calls in flight are finished: no call is repeated."""
-    documents = filled(site, 200)
+    documents = slowly(site, 60)
 
     def interrupt() -> None:
-        if model_of(site).stats()["answered"] > 20:
+        if model_of(site).stats()["answered"] > 10:
             running.stop.set()
 
     from cluster import engine
@@ -221,13 +227,14 @@ def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes
     assert ended.code == 130
     assert stats["interrupted"]
     assert "run the same command again" in ended.err
-    assert site.results.count_documents({}) < 200
+    assert site.results.count_documents({}) < 60
     nodes.when_polled = lambda: None
     assert run(site)[0].code == 0
     check_exactly_once(site, documents)
-    assert model_of(site).stats()["chat_requests"] == 200
+    assert model_of(site).stats()["chat_requests"] == 60
 
 
+@pytest.mark.thorough
 def test_failures_are_summed_and_give_the_exit_code(site: Site, nodes: Nodes) -> None:
     """The exit code is that of the worker that ended worst."""
     filled(site, 60)
@@ -237,6 +244,7 @@ def test_failures_are_summed_and_give_the_exit_code(site: Site, nodes: Nodes) ->
     assert (stats["failed"], stats["successful"], stats["in_quarantine"]) == (1, 59, 1)
 
 
+@pytest.mark.thorough
 def test_too_many_failures_of_one_worker_stop_all(site: Site, nodes: Nodes) -> None:
     """The exit code is 4, as for one worker, and not that of an interruption."""
     filled(site, 300)

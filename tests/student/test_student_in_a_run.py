@@ -81,7 +81,7 @@ def test_student_saves_calls_and_its_results_name_it(school: School) -> None:
 def test_only_student_lets_the_model_redo_them(school: School) -> None:
     """``plan`` counts them; afterwards all results are the model's, also if STUDENT is set."""
     site, model = school
-    fill(site, NEW, 12)
+    fill(site, NEW, 6)
     site.settings["STUDENT"] = "0.9"
     assert site.run().code == 0
     taken = by_student(site)
@@ -92,7 +92,7 @@ def test_only_student_lets_the_model_redo_them(school: School) -> None:
     assert sorted(model.asked) == taken
     assert by_student(site) == []
     report = json.loads(site.run("plan", "--json").out)
-    assert (report["student"], report["done"]) == (0, 12)
+    assert (report["student"], report["done"]) == (0, 6)
 
 
 @pytest.mark.thorough
@@ -115,7 +115,7 @@ def test_drift_withdraws_the_student_for_good(school: School) -> None:
     """The run ends with exit code 0 and prints a sentence; the next run asks only the model and prints the reason."""
     site, model = school
     model.has_drifted = True
-    fill(site, NEW, 30)
+    fill(site, NEW, 20)
     ended = site.run(*PROMISE, "--max-concurrent", "1")
     assert ended.code == 0, ended.err
     assert "has withdrawn" in ended.err
@@ -203,6 +203,7 @@ def test_damaged_student_is_refused(school: School) -> None:
         assert "is damaged" in ended.err
 
 
+@pytest.mark.thorough
 def test_too_few_results_train_no_student(place: School) -> None:
     site, _ = place
     fill(site, NEW, 3)
@@ -215,6 +216,7 @@ def test_too_few_results_train_no_student(place: School) -> None:
     assert conversation(NEW)["status"] == "pending"
 
 
+@pytest.mark.thorough
 def test_missing_packages_are_named_with_their_file(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """To train needs scipy; to answer does not."""
     site, _ = school

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from domain.text import counted
+from tests.cases import mostly_thorough
 from tests.worker.site import Document, Ended, Site, calls, check_exactly_once, conversation
 
 COUNT = 30
@@ -66,7 +67,7 @@ def address(site: Site, path: str) -> dict[str, str]:
     return {"LLM_API_URL": site.model.url + path, "LLM_MODEL": "llama3.2:latest"}
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", mostly_thorough(PATHS, 3))
 def test_low_confidence_results_are_marked_for_review(site: Site, documents: list[Document], path: str) -> None:
     """Stored, marked and counted, whichever protocol the server speaks."""
     stats, ended = statistics(site, "--review-below", "0.6", **address(site, path))
@@ -77,6 +78,7 @@ def test_low_confidence_results_are_marked_for_review(site: Site, documents: lis
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 def test_no_review_marks_without_review_below(site: Site, documents: list[Document]) -> None:
     stats, ended = statistics(site)
     found = metadata(site)
@@ -86,6 +88,7 @@ def test_no_review_marks_without_review_below(site: Site, documents: list[Docume
     assert "review" not in ended.out
 
 
+@pytest.mark.thorough
 def test_review_below_is_read_from_the_environment(site: Site, documents: list[Document]) -> None:
     stats, _ = statistics(site, REVIEW_BELOW="1")
     assert stats["needs_review"] == len(documents)
@@ -101,7 +104,7 @@ def test_server_without_log_probabilities_gives_no_confidence(site: Site, docume
     check_exactly_once(site, documents)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", mostly_thorough(PATHS, 3, first=2))
 def test_server_that_refuses_log_probabilities_is_asked_without_them(
     site: Site, documents: list[Document], path: str
 ) -> None:
@@ -133,6 +136,7 @@ def test_confidence_survives_a_crash(site: Site, documents: list[Document], seam
     assert all(entry["needs_review"] is (sentiment == "Negative") for sentiment, entry in kept)
 
 
+@pytest.mark.thorough
 def test_unwritten_result_keeps_its_review_mark(site: Site, documents: list[Document]) -> None:
     """It is written later without asking again, and counted then."""
     site.database.create_collection("sentimental_analysis", validator={"classification.sentiment": {"$ne": "Negative"}})

@@ -104,7 +104,7 @@ def test_describe_is_refused_for_a_taxonomy_without_sentence(site: Site, tmp_pat
     assert "categorization: false" in ended.err
 
 
-@pytest.mark.parametrize("style", ["labels", "list"])
+@pytest.mark.parametrize("style", [pytest.param("labels", marks=pytest.mark.thorough), "list"])
 def test_style_alone_makes_results_stale_only_on_request(site: Site, style: str) -> None:
     filled(site, 5)
     assert site.run().code == 0

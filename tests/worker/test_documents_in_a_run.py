@@ -77,7 +77,7 @@ def test_ids_of_every_bson_type(site: Site) -> None:
 
 def test_documents_inserted_during_the_run_are_processed(site: Site) -> None:
     """Smaller and greater ids than those read: the sweep at the end finds them."""
-    documents = [conversation(number) for number in range(1000, 1060)]
+    documents = [conversation(number) for number in range(1000, 1040)]
     site.source.insert_many(documents)
     model_of(site).configure(latency_s=0.1)
     late = [conversation(number) for number in (1, 2, 3, 5000, 5001)]
@@ -154,7 +154,9 @@ def check_no_canary(site: Site, said_by_worker: str) -> None:
         assert CANARY.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["one run", "after a crash"])
+@pytest.mark.parametrize(
+    "crash", [pytest.param(False, id="one run", marks=pytest.mark.thorough), pytest.param(True, id="after a crash")]
+)
 def test_malformed_documents_are_skipped_or_fail_alone(site: Site, crash: bool) -> None:
     """Each is classified, skipped or quarantined with its reason; the run ends; no log or report quotes them."""
     documents, expected = bad_documents()
@@ -215,7 +217,7 @@ def test_exports_of_other_programs_are_read_and_ordered(site: Site) -> None:
 
 def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     """It gets two chances; then it is quarantined as poison, and everything else has its result."""
-    documents = [conversation(number) for number in range(40)]
+    documents = [conversation(number) for number in range(15)]
     site.source.insert_many(documents)
     plan = {"poison": "7"}
     assert site.run(plan=plan).code == -signal.SIGABRT
@@ -230,12 +232,13 @@ def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     check_calls(site, [document for document in documents if document["_id"] != 7], repeated=2 * CONCURRENCY)
 
 
+@pytest.mark.thorough
 def test_limit_stops_after_that_many_documents(site: Site) -> None:
     """Each run takes that many documents and no more; what it did not take stays pending and free."""
-    documents = [conversation(number) for number in range(50)]
+    documents = [conversation(number) for number in range(20)]
     site.source.insert_many(documents)
-    for done in (15, 30):
-        ended = site.run("--limit", "15", "--batch-size", "10")
+    for done in (6, 12):
+        ended = site.run("--limit", "6", "--batch-size", "4")
         assert ended.code == 0, ended.err
         check_results(site, documents[:done])
         assert site.source.count_documents({"status": "pending"}) == len(documents) - done
@@ -266,6 +269,7 @@ def test_reprocess_resumes_after_a_crash(site: Site) -> None:
     assert model_of(site).stats()["chat_requests"] == asked + len(documents)
 
 
+@pytest.mark.thorough
 def test_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     """Neither in MongoDB nor on the disk, and the model is not asked."""
     documents = [conversation(number) for number in range(30)] + [{"_id": "skip", "text": None, "processed": False}]
@@ -288,6 +292,7 @@ def test_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     assert not fresh.directory.exists()
 
 
+@pytest.mark.thorough
 def test_unrecognised_status_is_ignored(site: Site) -> None:
     """A status that is not of this product is somebody else's business."""
     documents = [conversation(number) for number in range(10)]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedded.mongod import EmbeddedMongod
-from tests.forked_process import Ended
+from tests.forked_process import Ended, ForkedProcess
 from tests.worker.site import ROOT, Document, Site, check_exactly_once, conversation, filled, model_of, open_site, until
 
 REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
@@ -55,7 +54,9 @@ def test_done(site: Site) -> None:
     check_agreement(site, retry=0, quarantine=0, ended=ended)
 
 
-@pytest.mark.parametrize("is_refused", [False, True], ids=["success", "failure"])
+@pytest.mark.parametrize(
+    "is_refused", [pytest.param(False, id="success", marks=pytest.mark.thorough), pytest.param(True, id="failure")]
+)
 def test_run_goes_on_if_nobody_reads_its_output(site: Site, is_refused: bool) -> None:
     """Both pipes are closed before the first line. The exit code is that of the work."""
     documents = filled(site, 5)
@@ -81,13 +82,13 @@ def test_evaluation_goes_on_if_nobody_reads_its_output(site: Site, tmp_path: Pat
 def unread_exit_code(site: Site, *command: str) -> int:
     """Run *command* with stdout and stderr as pipes that are closed at once; return its exit code."""
     script, *flags = command
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags],
-        env=site.environment(), cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            stream.close()
+    (out, write_out), (err, write_err) = os.pipe(), os.pipe()
+    with open(os.devnull, "rb") as nothing:
+        streams = [nothing.fileno(), write_out, write_err]
+        process = ForkedProcess([str(ROOT / script), *flags], site.environment(), site.folder, None, streams=streams)
+    for handle in (out, err, write_out, write_err):
+        os.close(handle)
+    with process:
         return process.wait(60)
 
 
@@ -106,10 +107,10 @@ def test_incomplete(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
-@pytest.mark.parametrize("batch_size", ["20", "100"])
+@pytest.mark.parametrize("batch_size", [pytest.param("20", marks=pytest.mark.thorough), "100"])
 def test_threshold(site: Site, batch_size: str) -> None:
     """Also of a batch that is not finished; the flag that the sentence names processes all."""
-    documents = filled(site, 80)
+    documents = filled(site, 65)
     model_of(site).configure(faults=[REFUSED])
     ended = site.run(BATCH_SIZE=batch_size)
     assert ended.code == 4
@@ -139,6 +140,7 @@ def test_threshold_with_documents_in_the_retry_queue(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 def test_outage(site: Site) -> None:
     """Of the model server: what failed before is named, what waited is not."""
     filled(site, 60)
@@ -196,6 +198,7 @@ def test_interrupted_in_a_retry_round(site: Site) -> None:
     check_agreement(site, retry=0, quarantine=2, ended=ended)
 
 
+@pytest.mark.thorough
 def test_locked(site: Site) -> None:
     """The second run ends with 5 and changes nothing; the reports need no lock."""
     filled(site, 30)
@@ -219,6 +222,7 @@ def killed_after_three_failures(site: Site) -> list[Document]:
     return documents
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed(site: Site) -> None:
     """Before the run is resumed the journal has the failures, afterwards the files have them."""
     documents = killed_after_three_failures(site)
@@ -252,6 +256,7 @@ def test_rejected_result_of_an_unfinished_batch(site: Site) -> None:
     check_agreement(site, retry=0, quarantine=1, ended=ended)
 
 
+@pytest.mark.thorough
 def test_limit(site: Site) -> None:
     """Documents beyond the limit are new, neither failed nor waiting; the next run takes them."""
     documents = filled(site, 30)
@@ -270,10 +275,11 @@ def test_limit(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", ["2", "100"])
 def test_model_that_disappears(site: Site, batch_size: str) -> None:
     """Five such answers end the run; the documents that got them wait for the next one, and no flag is needed."""
-    documents = filled(site, 40)
+    documents = filled(site, 20)
     gone = {
         "kind": "status",
         "status": 404,

@@ -106,7 +106,6 @@ USUAL = {
     Reason.LABEL_OUTSIDE,
     Reason.STORE_FAILED,
     Reason.SKIPPED_NO_TEXT,
-    Reason.POISON,
 }
 
 
@@ -196,6 +195,7 @@ def check_metrics(site: Site, reason: Reason, status: str) -> None:
     assert numbers[("triad_last_completed_timestamp_seconds", "")] > 1e9
 
 
+@pytest.mark.thorough
 def test_retry_queue_has_the_reason(site: Site) -> None:
     """A run that dies before its rounds leaves the file; list --retry shows it, metrics.prom the size of the queue."""
     documents = [conversation(number) for number in range(20)]
@@ -282,6 +282,7 @@ def test_service_counts_failures_by_reason(model: FakeOllama, tmp_path: Path) ->
         assert all(f'triad_model_failures_total{{reason="{reason}"}}' in text for reason in Reason)
 
 
+@pytest.mark.thorough
 def test_request_deadline_counts_as_timeout(model: FakeOllama, tmp_path: Path) -> None:
     """Once, where the model had the request: the second of two waits for its place until little time is left."""
     model.configure(latency_s=2.0)

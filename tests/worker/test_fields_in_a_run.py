@@ -61,6 +61,7 @@ def test_worker_labels_the_field_of_the_example(site: Site, labels: str) -> None
     assert confidence == pytest.approx(dict.fromkeys(["intent", "topic", "sentiment", "urgency"], 0.9), abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_service_answers_with_the_field_of_the_example(site: Site, labels: str, tmp_path: Path) -> None:
     """Its document lists the labels, and the answer has one of them."""
     variables = {"OLLAMA_ENDPOINT": model_of(site).url, "OLLAMA_MODEL": "llama3.2", "TAXONOMY_FILE": labels}
@@ -77,6 +78,7 @@ def test_service_answers_with_the_field_of_the_example(site: Site, labels: str, 
     assert (hit["classification"]["intent"], hit["classification"]["urgency"]) == ("Order Status", "")
 
 
+@pytest.mark.thorough
 def test_similar_conversations_have_lists_of_labels(tmp_path: Path) -> None:
     """Of the fields that the service knows; none where the conversation was labelled without them."""
     own = tmp_path / "own.yaml"

@@ -69,7 +69,9 @@ def hashes(site: Site) -> dict[Any, str]:
     return {one["source_conversation_id"]: one["processing_metadata"]["input_sha256"] for one in site.results.find()}
 
 
-@pytest.mark.parametrize("desk", [False, True], ids=["table", "zendesk"])
+@pytest.mark.parametrize(
+    "desk", [pytest.param(False, id="table"), pytest.param(True, id="zendesk", marks=pytest.mark.thorough)]
+)
 def test_new_turns_are_added_and_only_grown_tickets_are_labelled_again(site: Site, desk: bool) -> None:
     """By number, because the id of a table's conversation comes from its content, or by id."""
     first = tickets(site, ["Where is parcel 1?", "We look."], ["Where is parcel 2?"]) if desk else table(site, ROWS)

@@ -15,6 +15,7 @@ from openai_batch import (
     PromptConfig,
     SchemaConfig,
 )
+from tests.cases import mostly_thorough
 from tests.openai_batch.job_replies import HOSTILE_ANSWERS
 from tests.openai_batch.openai_job import Job, replying_job
 
@@ -77,7 +78,10 @@ def test_hostile_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("site", ["hostile"], indirect=True)
 @pytest.mark.parametrize("with_processor", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize(
-    "template", [None, {"$set": {"answer": "{{response_content}}"}}, {"$push": {"answers": "{{response_content}}"}}]
+    "template",
+    mostly_thorough(
+        [None, {"$set": {"answer": "{{response_content}}"}}, {"$push": {"answers": "{{response_content}}"}}], 3, first=1
+    ),
 )
 def test_hostile_key_of_answer_fails_document(
     site: Job, monkeypatch: pytest.MonkeyPatch, template: dict[str, Any] | None, with_processor: bool
@@ -100,6 +104,7 @@ def test_hostile_key_of_answer_fails_document(
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("site", ["talking_points"], indirect=True)
 def test_plain_keys_are_stored_below_the_response_field(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed JSON keeps its shape."""
@@ -110,6 +115,7 @@ def test_plain_keys_are_stored_below_the_response_field(site: Job, monkeypatch: 
     assert document["event_response"]["talking_points"] == {"points": ["ai_status"], "urgency": "soon"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
 def test_endless_processor_fails_its_document_only(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """AT-20: the other documents are completed in the same run."""

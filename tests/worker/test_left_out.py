@@ -40,6 +40,7 @@ def test_statuses_of_another_program_are_named_by_every_command(site: Site) -> N
     assert site.results.count_documents({}) == 0
 
 
+@pytest.mark.thorough
 def test_marks_of_another_program_are_named(site: Site) -> None:
     """``processed: true`` without a status, and without a result here."""
     site.source.insert_many(
@@ -96,7 +97,7 @@ def test_new_documents_beside_foreign_ones_end_with_0(site: Site) -> None:
     ("messages", "reason"),
     [
         ([{"who": "guest", "say": "Where is my parcel?"}], "skipped_no_text"),
-        ([{"sender": "agent", "text": "On its way."}], "skipped_no_customer"),
+        pytest.param([{"sender": "agent", "text": "On its way."}], "skipped_no_customer", marks=pytest.mark.thorough),
     ],
 )
 def test_run_that_skips_all_documents_for_their_shape_ends_with_1(
@@ -129,6 +130,7 @@ def test_failed_documents_of_another_directory_are_named(site: Site) -> None:
     assert planned(site)["done"] == 4
 
 
+@pytest.mark.thorough
 def test_continuous_run_goes_on_without_documents_to_select(site: Site) -> None:
     """Exit code 1 is for one pass in batch mode: a document that arrives later is classified."""
     site.source.insert_one(conversation(1, status="closed"))

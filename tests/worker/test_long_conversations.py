@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.worker.long_conversations import SENTENCE, check_labels_are_of_what_was_sent, long_conversation
 from tests.worker.site import (
     Document,
@@ -39,7 +40,7 @@ def metadata(result: Document) -> tuple[bool, int, int]:
     return made["input_complete"], made["turns_used"], made["turns_total"]
 
 
-@pytest.mark.parametrize("server", SERVERS.values(), ids=list(SERVERS))
+@pytest.mark.parametrize("server", mostly_thorough(SERVERS.values(), 3), ids=list(SERVERS))
 def test_long_conversations_are_fitted_and_say_so(site: Site, server: dict[str, Any]) -> None:
     """Short ones stay whole; the others keep as many turns as fit. The prompt is never refused."""
     model_of(site).configure(**server)
@@ -59,7 +60,7 @@ def test_long_conversations_are_fitted_and_say_so(site: Site, server: dict[str, 
     assert {result["processing_metadata"]["attempts"] for result in results.values()} == {1}
 
 
-@pytest.mark.parametrize("server", SERVERS.values(), ids=list(SERVERS))
+@pytest.mark.parametrize("server", mostly_thorough(SERVERS.values(), 3, first=2), ids=list(SERVERS))
 @pytest.mark.parametrize(
     "ignores", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["refused", "cut-in-silence"]
 )
@@ -75,7 +76,7 @@ def test_a_tokenizer_that_makes_more_tokens_than_expected(site: Site, server: di
     assert results[0]["processing_metadata"]["prompt_tokens"] <= 8192 - 700
 
 
-@pytest.mark.parametrize("mode", ["skip", "fail"])
+@pytest.mark.parametrize("mode", ["skip", pytest.param("fail", marks=pytest.mark.thorough)])
 def test_what_becomes_of_them_is_the_operators_choice(site: Site, mode: str) -> None:
     """Skipped with its reason, or quarantined; the others have their results, and a second run asks for nothing."""
     fill(site)
@@ -92,6 +93,7 @@ def test_what_becomes_of_them_is_the_operators_choice(site: Site, mode: str) -> 
     assert model_of(site).stats()["chat_requests"] == asked == 6
 
 
+@pytest.mark.thorough
 def test_a_skip_survives_a_crash(site: Site) -> None:
     """A conversation that the journal notes as skipped is skipped by the next run too, and does not fail."""
     documents = [*(long_conversation(number, 600) for number in range(4)), *(conversation(9 + n) for n in range(4))]
@@ -108,18 +110,18 @@ def test_a_skip_survives_a_crash(site: Site) -> None:
 
 def test_the_window_is_chosen_from_a_sample_and_the_models_limit(site: Site) -> None:
     """Short conversations take 4096 or 8192, longer ones more, none more than the model has; the console says which."""
-    site.source.insert_many([conversation(number) for number in range(20)])
+    site.source.insert_many([conversation(number) for number in range(10)])
     ended = site.run()
-    assert "context window: 4096 tokens, holds 100.0% of a sample of 20 conversations" in ended.err
+    assert "context window: 4096 tokens, holds 100.0% of a sample of 10 conversations" in ended.err
     assert model_of(site).requests()[0]["options"]["num_ctx"] == 4096
-    site.source.insert_many([long_conversation(100 + number, 200) for number in range(20)])
+    site.source.insert_many([long_conversation(100 + number, 200) for number in range(10)])
     ended = site.run("--logs")
     assert "loading it again" in ended.err
     assert "INFO - batch_processor - context window: 16384 tokens" in ended.err
     assert all(metadata(result)[0] for result in site.results.find())
     model_of(site).configure(models=[{"name": "llama3.2:latest", "context_length": 6000}])
     ended = site.run("--reprocess")
-    assert "context window: 6000 tokens, holds 50.0% of a sample of 40 conversations" in ended.err
-    assert sum(not metadata(result)[0] for result in site.results.find()) == 20
+    assert "context window: 6000 tokens, holds 50.0% of a sample of 20 conversations" in ended.err
+    assert sum(not metadata(result)[0] for result in site.results.find()) == 10
     last: dict[str, Any] = json.loads(json.dumps(model_of(site).requests()[-1]))
     assert last["options"]["num_ctx"] == 6000

@@ -28,6 +28,7 @@ from error_handler import ConfigurationError, StoreForbiddenError
 from mongo_client import DocumentStore
 from storage.extended_json import canonical
 from storage.service_lease import COLLECTION, lease_renewal, renew_lease
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.in_process import run_cli, run_script
 from tests.review.review_site import result
@@ -115,7 +116,9 @@ async def run(uri: str, folder: Path, **settings: Any) -> Mapping[str, Any]:
         return await processor.run()
 
 
-@pytest.mark.parametrize("command", ["", "plan --offline", "estimate --sample 1", "doctor --no-probe", "--dry-run"])
+@pytest.mark.parametrize(
+    "command", mostly_thorough(["", "plan --offline", "estimate --sample 1", "doctor --no-probe", "--dry-run"], 3)
+)
 def test_documented_role_is_enough_for_each_command(
     command: str, worker_uri: str, client: Client, model: FakeOllama, tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ async def test_role_of_the_service_is_enough_for_its_lease(strict: EmbeddedMongo
     assert client[DB_NAME][COLLECTION].count_documents({}) == 1
 
 
+@pytest.mark.thorough
 def test_role_of_reviewers_is_enough_and_changes_no_result(
     reviewer_uri: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +315,9 @@ async def test_run_without_create_index_on_the_source(
         await run(worker_uri, tmp_path)
 
 
-@pytest.mark.parametrize("index", [{"keys": "conversation_number", "unique": True}, {"keys": "status", "name": "mine"}])
+@pytest.mark.parametrize(
+    "index", mostly_thorough([{"keys": "conversation_number", "unique": True}, {"keys": "status", "name": "mine"}], 2)
+)
 async def test_index_of_the_application_does_not_stop_a_run(
     strict: EmbeddedMongod, client: Client, tmp_path: Path, index: dict[str, Any]
 ) -> None:
@@ -336,7 +342,7 @@ async def test_slow_index_build_delays_no_run(strict: EmbeddedMongod, client: Cl
     assert "source_conversation_id_1" in client[DB_NAME].sentimental_analysis.index_information()
 
 
-@pytest.mark.parametrize("code", [50, 89, 262])
+@pytest.mark.parametrize("code", mostly_thorough([50, 89, 262], 3))
 async def test_index_build_that_the_server_ends_is_a_warning(
     strict: EmbeddedMongod, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
@@ -377,7 +383,7 @@ SLOW_REPORTS = {
 }
 
 
-@pytest.mark.parametrize("command", SLOW_REPORTS)
+@pytest.mark.parametrize("command", mostly_thorough(SLOW_REPORTS, 3))
 def test_report_whose_counts_take_long_shows_it_and_ends(
     command: str, client: Client, model: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

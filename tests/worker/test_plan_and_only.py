@@ -87,7 +87,7 @@ def state_of(site: Site) -> Any:
 
 
 def test_plan_counts_every_kind(site: Site) -> None:
-    """Counts and ids; nothing is changed, nothing is asked."""
+    """Counts and ids; nothing is changed, nothing is asked. Also without a model server, and by the dry run."""
     kinds = mixed(site)
     before, asked = state_of(site), requests(site)
     report = plan(site)
@@ -96,11 +96,38 @@ def test_plan_counts_every_kind(site: Site) -> None:
     assert {kind: ids(site, kind) for kind in KINDS} == kinds
     shown = site.run("plan").out
     assert "stale         3  labelled by another prompt, taxonomy, model or options" in shown
+    check_offline_plan(site, kinds)
+    check_dry_run(site, "stale", kinds["stale"])
     assert state_of(site) == before
     assert requests(site) == asked
     elsewhere = site.sibling("never_made")
     assert plan(elsewhere)["failed"] == 1, "the status in MongoDB is enough, without the local files"
     assert not elsewhere.directory.exists()
+
+
+def check_offline_plan(site: Site, kinds: dict[str, list[int]]) -> None:
+    """Without a model server: exit code 3 and the way out; --offline tells everything but stale from done."""
+    away = {"OLLAMA_ENDPOINT": "http://127.0.0.1:1"}
+    ended = site.run("plan", **away)
+    assert ended.code == 3
+    assert "--offline" in ended.err
+    report = plan(site, "--offline", **away)
+    assert (report["new"], report["changed"], report["failed"]) == (5, 2, 1)
+    assert report["unjudged"] == len(kinds["done"]) + len(kinds["stale"])
+    assert "stale" not in report
+    assert "done" not in report
+    assert site.run("plan", "--offline", "--ids", "stale", **away).code == 2
+
+
+def check_dry_run(site: Site, kind: str, numbers: list[int]) -> None:
+    """The dry run of ``--only`` *kind* reports the *numbers* that plan says."""
+    ended = site.run("--dry-run", "--only", kind)
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert (report["selected"], report["to_classify"]) == (len(numbers), len(numbers))
+    assert report["first_ids"] == [str(number) for number in numbers][:10]
+    limited = json.loads(site.run("--dry-run", "--only", kind, "--limit", "1").out)
+    assert limited["selected"] == 1
 
 
 def test_other_model_or_taxonomy_makes_results_stale(site: Site, tmp_path: Path) -> None:
@@ -125,24 +152,11 @@ def test_ids_of_every_bson_type(site: Site) -> None:
     assert plan(site, BATCH_SIZE="3")["new"] == len(documents) + 1
 
 
-def test_offline_plan_needs_no_model_server(site: Site) -> None:
-    """Exit code 3 and the way out; --offline tells everything but stale from done."""
-    assert site.model is not None
-    kinds = mixed(site)
-    site.model.stop()
-    ended = site.run("plan")
-    assert ended.code == 3
-    assert "--offline" in ended.err
-    report = plan(site, "--offline")
-    assert (report["new"], report["changed"], report["failed"]) == (5, 2, 1)
-    assert report["unjudged"] == len(kinds["done"]) + len(kinds["stale"])
-    assert "stale" not in report
-    assert "done" not in report
-    assert site.run("plan", "--offline", "--ids", "stale").code == 2
+def test_only_new_and_only_failed(site: Site) -> None:
+    """New: neither the failed nor the stale ones, and the retry queue of others stays where it is.
 
-
-def test_only_new(site: Site) -> None:
-    """Neither the failed nor the stale ones, and the retry queue of others stays where it is."""
+    Failed: the quarantined one gets fresh attempts, and the new ones are not touched.
+    """
     kinds = mixed(site)
     asked = requests(site)
     ended = site.run("--only", "new")
@@ -151,9 +165,18 @@ def test_only_new(site: Site) -> None:
     assert counts(site) == {"changed": 2, "stale": 3, "failed": 1, "skipped": 1, "done": 30, "foreign": 1}
     assert site.run("--only", "new").code == 1
     assert requests(site) == asked + len(kinds["new"])
+    filled(site, 5, first=60)
+    ended = site.run("--only", "failed")
+    assert ended.code == 0, ended.err
+    assert requests(site) == asked + len(kinds["new"]) + 1
+    assert site.entries("quarantine") == []
+    left = counts(site)
+    assert left["new"] == 5
+    assert "failed" not in left
 
 
-@pytest.mark.parametrize("kind", [pytest.param("changed", marks=pytest.mark.thorough), "stale"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["changed", "stale"])
 def test_only_changed_and_only_stale_replace_results(site: Site, kind: str) -> None:
     """Those results are replaced, no other is touched, and a second time there is nothing to do."""
     kinds = mixed(site)
@@ -173,33 +196,14 @@ def test_only_changed_and_only_stale_replace_results(site: Site, kind: str) -> N
     assert requests(site) == asked + len(kinds[kind])
 
 
-def test_only_failed(site: Site) -> None:
-    """The quarantined one gets fresh attempts; the new ones are not touched."""
-    mixed(site)
-    asked = requests(site)
-    ended = site.run("--only", "failed")
-    assert ended.code == 0, ended.err
-    assert requests(site) == asked + 1
-    assert site.entries("quarantine") == []
-    assert counts(site)["new"] == 5
-    assert "failed" not in counts(site)
-
-
-@pytest.mark.parametrize(
-    "kind", ["stale", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("new", "changed", "failed"))]
-)
-def test_dry_run_reports_the_only_selection(site: Site, kind: str) -> None:
-    """The number that plan says, and nothing is changed."""
+@pytest.mark.thorough
+def test_dry_run_reports_the_only_selection(site: Site) -> None:
+    """Of the kinds that test_plan_counts_every_kind leaves out; nothing is changed."""
     kinds = mixed(site)
     before = state_of(site)
-    ended = site.run("--dry-run", "--only", kind)
-    assert ended.code == 0, ended.err
-    report = json.loads(ended.out)
-    assert (report["selected"], report["to_classify"]) == (len(kinds[kind]), len(kinds[kind]))
-    assert report["first_ids"] == [str(number) for number in kinds[kind]][:10]
+    for kind in ("new", "changed", "failed"):
+        check_dry_run(site, kind, kinds[kind])
     assert state_of(site) == before
-    limited = json.loads(site.run("--dry-run", "--only", kind, "--limit", "1").out)
-    assert limited["selected"] == 1
 
 
 @pytest.mark.parametrize("flag", ["--reprocess", "--retry-failed"])
@@ -222,10 +226,10 @@ def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
 )
 def test_only_stale_resumes_after_a_crash(site: Site, seam: str) -> None:
     """Replaced results are not asked for again; in the end each document has one result, of the new model."""
-    documents = filled(site, 60)
+    documents = filled(site, 24)
     assert site.run().code == 0
     asked = requests(site)
-    flags = ("--only", "stale", "--batch-size", "10")
+    flags = ("--only", "stale", "--batch-size", "5")
     point = {"seam": seam, "passage": 1 if seam == "marked" else 3}  # statuses are marked once a second
     assert site.run(*flags, plan=point, **OTHER_MODEL).code == -signal.SIGKILL
     ended = site.run(*flags, **OTHER_MODEL)
@@ -233,7 +237,7 @@ def test_only_stale_resumes_after_a_crash(site: Site, seam: str) -> None:
     check_exactly_once(site, documents)
     assert requests(site) <= asked + len(documents) + CONCURRENCY
     assert site.results.distinct("processing_metadata.model_used") == ["qwen3:8b"]
-    assert counts(site, **OTHER_MODEL) == {"done": 60}
+    assert counts(site, **OTHER_MODEL) == {"done": 24}
 
 
 def interrupted_only_stale(site: Site) -> list[Document]:
@@ -245,6 +249,7 @@ def interrupted_only_stale(site: Site) -> list[Document]:
     return documents
 
 
+@pytest.mark.thorough
 def test_plain_run_finishes_an_interrupted_only_stale(site: Site) -> None:
     """Results stay as they are and the sources say processed again; --only stale does the rest later."""
     documents = interrupted_only_stale(site)
@@ -261,9 +266,8 @@ def test_plain_run_finishes_an_interrupted_only_stale(site: Site) -> None:
     assert counts(site, **OTHER_MODEL) == {"done": 40}
 
 
-@pytest.mark.parametrize(
-    "kind", ["failed", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("stale", "changed", "new"))]
-)
+@pytest.mark.parametrize("kind", ["failed", "stale", "changed", "new"])
+@pytest.mark.thorough
 def test_only_run_finishes_batches_of_an_interrupted_plain_run(site: Site, kind: str) -> None:
     """Its answers are in the journal; the documents that were only pending are left to a plain run."""
     documents = filled(site, 40)
@@ -278,6 +282,7 @@ def test_only_run_finishes_batches_of_an_interrupted_plain_run(site: Site, kind:
     assert requests(site) <= 40 + CONCURRENCY
 
 
+@pytest.mark.thorough
 def test_stale_documents_that_fail_keep_their_result_and_are_retried(site: Site) -> None:
     """Also when the run dies between two of them; until another answer is there, the old result stays."""
     assert site.model is not None
@@ -375,17 +380,16 @@ def test_one_digest_under_two_names_is_one_model(site: Site) -> None:
     assert counts(site, OLLAMA_MODEL="mine") == {"stale": 3}
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--only", "stale"), ("--only", "failed"), ("--retry-failed",), ("--only", "new")]
-)
-def test_no_model_is_loaded_without_work(site: Site, flags: tuple[str, ...]) -> None:
+def test_no_model_is_loaded_without_work(site: Site) -> None:
     filled(site, 3)
     assert site.run().code == 0
     model_of(site).configure(faults=[{"kind": "unload", "times": 1}])
-    assert site.run(*flags).code == 0
-    assert model_of(site).stats()["load_requests"] == 1
+    for flags in ((), ("--only", "stale"), ("--only", "failed"), ("--retry-failed",), ("--only", "new")):
+        assert site.run(*flags).code == 0
+        assert model_of(site).stats()["load_requests"] == 1, flags
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flags", [("--reprocess",), ("--only", "changed"), ("--retry-failed",)])
 def test_model_is_loaded_for_documents_of_every_selection(site: Site, flags: tuple[str, ...]) -> None:
     filled(site, 3)

@@ -93,7 +93,7 @@ async def require_cached_calls(engine: TinyEngine, slots: int) -> None:
     require_cached([*calls[slots:], *classify_one_by_one(engine, 2)])
 
 
-@pytest.mark.parametrize("slots", [2, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.thorough)])
 async def test_second_call_reads_the_constant_prompt_from_the_cache(tiny_model: Path, slots: int) -> None:
     with TinyEngine(tiny_model, slots=slots, name=NAME) as engine:
         await require_cached_calls(engine, slots)

@@ -8,6 +8,7 @@ import bson
 import pytest
 from bson.raw_bson import RawBSONDocument
 
+from tests.cases import mostly_thorough
 from tests.worker.site import BROKEN, Site, conversation, filled, store_raw
 
 
@@ -39,7 +40,7 @@ def test_validator_of_statuses_is_one_sentence(site: Site) -> None:
     assert site.results.count_documents({}) == 5
 
 
-@pytest.mark.parametrize("attempts", ["three", None, [1], bson.Int64(2**63 - 1)], ids=repr)
+@pytest.mark.parametrize("attempts", mostly_thorough(["three", None, [1], bson.Int64(2**63 - 1)], 3), ids=repr)
 def test_counter_that_cannot_count(site: Site, attempts: Any) -> None:
     """The query is done, its counter as it was; its neighbours are counted once."""
     query = {"text": "Where is my parcel?", "processed": False}
@@ -60,8 +61,9 @@ def test_skipped_document_that_cannot_be_marked_is_skipped_once(site: Site) -> N
     assert "1 skipped" in ended.out
 
 
-@pytest.mark.parametrize("batch_size", ["1", "20"])
-@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize(
+    ("place", "batch_size"), mostly_thorough([("first", "1"), ("last", "1"), ("first", "20"), ("last", "20")], 3)
+)
 def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
     """B24: skipped with a warning, also where whole pages have such ids; one that really has U+FFFD is not."""
     start = b"\x01" if place == "first" else b"z"
@@ -77,7 +79,7 @@ def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
     assert "3 skipped" in ended.out
 
 
-@pytest.mark.parametrize("batch_size", ["1", "20"])
+@pytest.mark.parametrize("batch_size", mostly_thorough(["1", "20"], 2))
 def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     """It is quarantined with its reason, the others get results, and after its correction it is retried."""
     broken = conversation(2)
@@ -97,7 +99,7 @@ def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     assert site.results.count_documents({}) == 5
 
 
-@pytest.mark.parametrize("place", ["text", "status", "attachment"])
+@pytest.mark.parametrize("place", mostly_thorough(["text", "status", "attachment"], 3))
 def test_broken_field_of_a_query(site: Site, place: str) -> None:
     """Fields that are not read do not matter, and a binary status belongs to another program; reports go on."""
     store_raw(site.source, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
@@ -112,7 +114,7 @@ def test_broken_field_of_a_query(site: Site, place: str) -> None:
     assert site.results.count_documents({}) == 1 + (place == "attachment")
 
 
-@pytest.mark.parametrize("batch_size", ["1", "20"])
+@pytest.mark.parametrize("batch_size", mostly_thorough(["1", "20"], 2))
 def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     """No query can name it, so it is skipped with a warning at any place of the page."""
     for number in range(2):

@@ -81,6 +81,7 @@ def test_too_few_conversations_keep_full(site: Site) -> None:
     assert requests(site) == 10
 
 
+@pytest.mark.thorough
 def test_server_without_arrays_is_asked_for_labels(site: Site) -> None:
     assert site.model is not None
     site.model.configure(refuses_arrays=True)

@@ -152,9 +152,9 @@ def test_server_with_another_model_is_left_out_with_a_sentence(site: Site, secon
     ("difference", "told"),
     [
         (OTHER, f"model digest {DIGEST[:12]} instead of"),
-        ({"version": "0.1.0"}, "version 0.1.0 instead of"),
+        pytest.param({"version": "0.1.0"}, "version 0.1.0 instead of", marks=pytest.mark.thorough),
         ({"most_ctx": 2048}, "a window of 2048 tokens instead of 4096"),
-        ({"models": ["qwen3:8b"]}, "has no model llama3.2"),
+        pytest.param({"models": ["qwen3:8b"]}, "has no model llama3.2", marks=pytest.mark.thorough),
     ],
     ids=["digest", "version", "window", "no model"],
 )

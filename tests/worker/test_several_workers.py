@@ -31,15 +31,15 @@ def await_expiry(site: Site) -> None:
 
 def test_other_workers_take_over_after_a_death(site: Site) -> None:
     """Each document is asked for once, but for those in flight at the death; none has two results."""
-    documents = documents_of_all_shapes(360)
+    documents = documents_of_all_shapes(120)
     site.source.insert_many(documents)
     assert site.model is not None
-    site.model.configure(slots=3 * CONCURRENCY, latency_s=0.1)
+    site.model.configure(slots=2 * CONCURRENCY, latency_s=0.1)
     site.settings["LEASE_S"] = "3"
-    places = [site.sibling(f"worker_{number}") for number in range(3)]
+    places = [site.sibling(f"worker_{number}") for number in range(2)]
     with ExitStack() as stack:
         workers = [stack.enter_context(place.start("--logs")) for place in places]
-        site.model.wait_for("in_flight", at_least=3 * CONCURRENCY, timeout_s=30)
+        site.model.wait_for("in_flight", at_least=2 * CONCURRENCY, timeout_s=30)
         workers[0].send(signal.SIGKILL)
         assert workers[0].ended().code == -signal.SIGKILL
         for worker in workers[1:]:

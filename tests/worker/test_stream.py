@@ -46,13 +46,6 @@ from worker.stream import StreamState
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaSetMongod]:
-    """Return a replica set of one for the tests of this module."""
-    with ReplicaSetMongod(tmp_path_factory.mktemp("members")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def client(members: ReplicaSetMongod) -> Iterator[MongoClient[dict[str, Any]]]:
     with MongoClient[dict[str, Any]](members.uri, tz_aware=True) as opened:
         yield opened
@@ -68,6 +61,7 @@ def there(
     client.drop_database(database.name)
 
 
+@pytest.mark.thorough
 async def test_only_the_subset_is_labelled_new_or_grown(there: Site) -> None:
     """A conversation outside it keeps the label that it has."""
     there.source.insert_one(conversation(1, channel="chat"))
@@ -116,6 +110,7 @@ async def test_grown_conversation_is_labelled_again_and_its_old_label_is_kept(th
     assert requests(there) == 3
 
 
+@pytest.mark.thorough
 async def test_conversation_without_a_customer_is_labelled_when_the_customer_writes(there: Site) -> None:
     there.source.insert_one(conversation(1, messages=[{"sender": "agent", "text": "How can I help?"}]))
     async with following(there):
@@ -297,18 +292,18 @@ async def test_standalone_server_is_polled(site: Site) -> None:
 
 async def test_urgent_conversations_go_first_among_new_ones(there: Site) -> None:
     """Those with a priority and those of a rule pass what has been announced before them; nothing twice."""
-    model_of(there).configure(latency_s=0.02)
+    model_of(there).configure(latency_s=0.05)
     rules = '[{"query": {"tier": "vip"}, "priority": 3}]'
     async with following(there, max_concurrent=1, batch_size=30, priority_rules=rules):
-        waiting = filled(there, 60)
+        waiting = filled(there, 30)
         await until(lambda: requests(there) >= 3)
         urgent = [conversation(500, priority=1), conversation(501, tier="vip")]
         there.source.insert_many(urgent)
         await until(lambda: has_result(there, 500) and has_result(there, 501))
-        assert requests(there) < 50
-        await until(lambda: there.results.count_documents({}) == 62)
+        assert requests(there) < 24
+        await until(lambda: there.results.count_documents({}) == 32)
     check_exactly_once(there, [*waiting, *urgent])
-    assert requests(there) == 62
+    assert requests(there) == 32
 
 
 async def test_failed_conversation_is_retried_while_the_stream_goes_on(there: Site) -> None:

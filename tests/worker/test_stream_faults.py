@@ -27,13 +27,6 @@ from worker.stream import StreamIntake
 STREAM = ("--mode", "stream", "--settle-s", "0")
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaSetMongod]:
-    """Return a replica set of one for the tests of this module."""
-    with ReplicaSetMongod(tmp_path_factory.mktemp("members")) as server:
-        yield server
-
-
 @pytest.fixture
 def there(members: ReplicaSetMongod, model: FakeOllama, tmp_path: Path) -> Iterator[Site]:
     """Return a site on the replica set."""
@@ -150,15 +143,16 @@ async def test_what_changes_while_the_network_is_cut_is_found_afterwards(
     assert requests(there) == 3
 
 
+@pytest.mark.thorough
 async def test_two_workers_share_the_stream(there: Site) -> None:
     """Both see each change, and one of them labels the conversation."""
     async with following(there), following(there.sibling("second")):
-        documents = filled(there, 30)
-        await until(lambda: there.results.count_documents({}) == 30)
+        documents = filled(there, 10)
+        await until(lambda: there.results.count_documents({}) == 10)
         grow(there, 3)
         await until(lambda: has_result(there, 3, earlier=1))
     check_exactly_once(there, [*documents[:3], *there.source.find({"_id": 3}), *documents[4:]])
-    assert requests(there) == 31
+    assert requests(there) == 11
 
 
 async def test_document_in_work_is_not_taken_again(there: Site) -> None:

@@ -17,9 +17,9 @@ def drawn_modules() -> set[str]:
     return {name.replace("/", ".") for name in re.findall(r"^ *([\w/]+)", drawing, re.MULTILINE)}
 
 
-def test_architecture_page_draws_the_recorded_walk() -> None:
+def test_architecture_page_draws_the_recorded_walk(mongodb_uri: str) -> None:
     """It names each module that one document enters, and no other; there are no more than the limits allow."""
-    walk = record()
+    walk = record(mongodb_uri)
     assert set(walk.modules) == drawn_modules()
     assert (len(walk.modules) <= MAX_MODULES, len(walk.folder_arrows) <= MAX_FOLDER_ARROWS) == (True, True)
     assert walk.calls[0][3] == "DocumentStore.read_page"
