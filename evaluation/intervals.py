@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -21,18 +20,17 @@ def proportion(hits: int, n: int) -> Estimate:
     """Return *hits* / *n* with Wilson's score interval."""
     if n == 0:
         return Estimate(None, None, None, 0)
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    centre, width = (2 * hits + z**2) / (2 * (n + z**2)), z / (2 * (n + z**2))
-    reach = width * math.sqrt(4 * hits * (n - hits) / n + z**2)
-    return Estimate(hits / n, centre - reach if hits else 0.0, centre + reach if hits < n else 1.0, n)
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+
+    interval = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
+    return Estimate(hits / n, float(interval.low), float(interval.high), n)
 
 
 def lower_bound(hits: int, n: int) -> float:
     """Return the exact (Clopper-Pearson) lower bound of *hits* / *n*, one-sided at LEVEL; *n* is at least 1."""
-    # scipy.stats has both tests by name, but importing it takes a second.
-    from scipy.special import betaincinv  # noqa: PLC0415 - importing it takes time
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
 
-    return float(betaincinv(hits, n - hits + 1, 1 - LEVEL)) if hits else 0.0
+    return float(binomtest(hits, n, alternative="greater").proportion_ci(LEVEL, method="exact").low)
 
 
 def f1_score(true_positive: int, false_positive: int, false_negative: int, n: int) -> Estimate:
@@ -49,9 +47,10 @@ def f1_score(true_positive: int, false_positive: int, false_negative: int, n: in
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test; 1.0 if nothing differs."""
-    from scipy.special import bdtr  # noqa: PLC0415 - as above
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
 
-    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
 def bootstrap(counts: Sequence[int], statistic: Callable[[Array], Array], least: float = 0.0) -> Estimate:
