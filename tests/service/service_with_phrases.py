@@ -1,4 +1,4 @@
-"""The service on a machine without the packages of the embedding classifier: it starts in a third of the time."""
+"""The service on a machine where requirements-local-embedding.txt is not installed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 from pymongo.database import Database
 
 from tests.fakes.fake_ollama import FakeOllama
-from tests.service.service_process import Answer, ServiceProcess, conversation, serve
+from tests.service.service_process import WITH_PHRASES, Answer, ServiceProcess, conversation, serve
 
 Data = Database[dict[str, Any]]
 HEADS, ITEMS = "sentimental_analysis_jobs", "sentimental_analysis_job_items"
@@ -268,7 +268,7 @@ def test_requests_go_before_jobs(site: Callable[..., Any], database: Data) -> No
 def test_without_mongodb_jobs_get_503_and_requests_their_labels(tmp_path: Path) -> None:
     """And API_EXPOSE_JOBS=off removes the routes."""
     address = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "300", "API_EMBEDDED": "true"}
-    with serve(tmp_path, **address) as service:
+    with serve(tmp_path, app=WITH_PHRASES, **address) as service:
         answer = post(service, item(1))
         assert (answer.status, answer.error, answer.headers["retry-after"]) == (503, "StoreUnavailableError", "5")
         assert service.classify().status == 200

@@ -14,7 +14,7 @@ from pymongo.database import Database
 from tests.commands.test_quarantine import failed
 from tests.review.review_site import AGREED, fill, result
 from tests.service.chromium import Visit, visit
-from tests.service.service_process import NO_MODEL, ServiceProcess, serve
+from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, serve
 from tests.service.test_dashboard import ANNA, WORKERS, worker
 from tests.service.test_review_page import SHARES, corrections, shown
 from utils.batch_file_manager import BatchFiles
@@ -44,8 +44,7 @@ def dashboard(tmp_path: Path, settings: dict[str, str], database: Data) -> Itera
 @pytest.fixture
 def review(tmp_path: Path, settings: dict[str, str]) -> Iterator[ServiceProcess]:
     """A service with the review page alone."""
-    app = "tests.service.service_with_phrases:app"
-    with serve(tmp_path, app=app, API_EXPOSE_REVIEW="key", **settings, **SHARES) as process:
+    with serve(tmp_path, app=WITH_PHRASES, API_EXPOSE_REVIEW="key", **settings, **SHARES) as process:
         yield process
 
 

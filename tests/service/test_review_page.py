@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.review.review_site import AGREED, fill, result
 from tests.service.chromium import Visit, visit
-from tests.service.service_process import NO_MODEL, ServiceProcess, serve
-from tests.service.test_schema import document
+from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, serve
+from tests.service.test_schema import document, schemathesis
 
 Data = Database[dict[str, Any]]
 ANNA, BEN = "anna-key-0123456789abcd", "ben-key-0123456789abcdef"
@@ -34,7 +32,7 @@ def key(value: str) -> dict[str, str]:
 def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceProcess]:
     """A service with the page, and two callers."""
     settings = {"API_KEYS": f"anna:{ANNA},ben:{BEN}", **NO_MODEL, "API_EXPOSE_REVIEW": "key", **SHARES}
-    with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
+    with serve(tmp_path, app=WITH_PHRASES, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 
 
@@ -137,7 +135,7 @@ def test_requests_of_other_sites_are_refused(service: ServiceProcess, database: 
 def test_review_answers_503_while_mongodb_is_away(tmp_path: Path) -> None:
     """/classify still works."""
     away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_REVIEW="key", **away) as process:
+    with serve(tmp_path, app=WITH_PHRASES, API_EMBEDDED="true", API_EXPOSE_REVIEW="key", **away) as process:
         answer = process.get("/review/next")
         assert (answer.status, answer.error) == (503, "StoreUnavailableError")
         assert "retry-after" in answer.headers
@@ -150,13 +148,10 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
 ) -> None:
     fill(database, [result(number) for number in range(5)])
     place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": database.name}
-    with serve(tmp_path, **NO_MODEL, API_EXPOSE_REVIEW="key", **place) as open_service:
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{open_service.url}/openapi.json"]
-        command += ["--include-path-regex", "^/review", "--checks", "all", "--max-examples", str(examples)]
+    with serve(tmp_path, app=WITH_PHRASES, **NO_MODEL, API_EXPOSE_REVIEW="key", **place) as open_service:
         # The labels are those of the taxonomy, which the document does not name.
-        command += ["--seed", "1", "--generation-deterministic", "--exclude-checks", "positive_data_acceptance"]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
-        assert ended.returncode == 0, ended.stdout
+        options = ("--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance")
+        schemathesis(open_service, tmp_path, "^/review", *options)
         assert "Traceback" not in open_service.log
 
 
