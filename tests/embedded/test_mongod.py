@@ -186,7 +186,10 @@ def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         mongod.stop()
 
 
-def test_folder_of_a_running_server_is_refused(mongod: EmbeddedMongod, database: Database[dict[str, Any]]) -> None:
+def test_folder_of_a_running_server_is_refused(
+    mongod: EmbeddedMongod, database: Database[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_mongod, "HOLDER_TIMEOUT_S", 0.0)
     with pytest.raises(ConfigurationError, match=rf"in use by another mongod \(process {mongod.pid}\)"):
         EmbeddedMongod(folder_of(database)).start()
     database.orders.insert_one({"text": "where is my order"})

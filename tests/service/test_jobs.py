@@ -99,12 +99,12 @@ def test_kill_in_the_middle_of_a_job_loses_nothing_and_labels_nothing_twice(
     """kill -9, then another process: each conversation has exactly one result; only calls in flight are repeated."""
     with FakeOllama(slots=4, latency_s=0.1, user_message=0) as fake:
         with site(fake) as service:
-            path = post(service, *(item(n) for n in range(40))).headers["location"]
-            until(lambda: database[ITEMS].count_documents({"state": "done"}) >= 8)
+            path = post(service, *(item(n) for n in range(20))).headers["location"]
+            until(lambda: database[ITEMS].count_documents({"state": "done"}) >= 4)
             service.process.kill()
             service.process.wait()
         before = {one["_id"]: one["result"] for one in database[ITEMS].find({"state": "done"})}
-        assert 8 <= len(before) < 40
+        assert 4 <= len(before) < 20
         held = database[ITEMS].count_documents({"state": "open", "owner": {"$type": "string"}})
         assert 1 <= held <= 4
         with site(fake) as service:
@@ -112,12 +112,12 @@ def test_kill_in_the_middle_of_a_job_loses_nothing_and_labels_nothing_twice(
             assert service.get(path).json["status"] == "open"  # what the dead process holds, until its leases expire
             database[ITEMS].update_many({"state": "open"}, {"$set": {"free_at": datetime.now(UTC)}})
             page = done(service, path)
-        assert [result["conversation_number"] for result in page["results"]] == [str(n) for n in range(40)]
-        assert page["succeeded"] == 40
+        assert [result["conversation_number"] for result in page["results"]] == [str(n) for n in range(20)]
+        assert page["succeeded"] == 20
         after = {one["_id"]: one["result"] for one in database[ITEMS].find()}
-        assert len(after) == 40
+        assert len(after) == 20
         assert {name: after[name] for name in before} == before
-        assert fake.stats()["chat_requests"] <= 40 + held + 2  # each process warms the model up
+        assert fake.stats()["chat_requests"] <= 20 + held + 2  # each process warms the model up
 
 
 @pytest.mark.thorough
