@@ -97,16 +97,20 @@ def test_kill_in_the_middle_of_a_job_loses_nothing_and_labels_nothing_twice(
     site: Callable[..., Any], database: Data
 ) -> None:
     """kill -9, then another process: each conversation has exactly one result; only calls in flight are repeated."""
-    with FakeOllama(slots=4, latency_s=0.1, user_message=0) as fake:
+    in_flight = {"state": "open", "owner": {"$type": "string"}}
+    later = [{"kind": "hang", "when": {"from": 10, "to": 1000}}]
+    with FakeOllama(slots=4, latency_s=0, user_message=0, faults=later) as fake:
         with site(fake) as service:
             path = post(service, *(item(n) for n in range(20))).headers["location"]
-            until(lambda: database[ITEMS].count_documents({"state": "done"}) >= 4)
+            until(lambda: database[ITEMS].count_documents({"state": "done"}) >= 8)
+            until(lambda: database[ITEMS].count_documents(in_flight) >= 1)
             service.process.kill()
             service.process.wait()
         before = {one["_id"]: one["result"] for one in database[ITEMS].find({"state": "done"})}
-        assert 4 <= len(before) < 20
-        held = database[ITEMS].count_documents({"state": "open", "owner": {"$type": "string"}})
+        assert 8 <= len(before) <= 10
+        held = database[ITEMS].count_documents(in_flight)
         assert 1 <= held <= 4
+        fake.configure(faults=[])
         with site(fake) as service:
             until(lambda: database[ITEMS].count_documents({"state": "open"}) == held)
             assert service.get(path).json["status"] == "open"  # what the dead process holds, until its leases expire
