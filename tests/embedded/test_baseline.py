@@ -253,7 +253,7 @@ def test_labels_are_always_of_the_taxonomy_and_categorization_holds_nothing_else
 names = st.lists(st.text("abcXYZ/ ", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=min(100, settings().max_examples))  # each example builds a classifier, which reads VADER's lexicon
+@settings(max_examples=min(100, settings().max_examples))  # each builds a classifier, which reads VADER's lexicon
 @given(names, st.lists(st.text(max_size=12), max_size=8), turns)
 def test_labels_are_always_of_a_replaced_taxonomy(
     labels: list[str], phrases: list[str], said: list[tuple[Sender, str]]
