@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from analytics.aggregates import LabelAnalytics
 from analytics.figures import Confidences, Counts, Example, FieldCounts, Labels, ModelUse
-from analytics.significance import holm, two_proportions, wilson
+from analytics.significance import holm, two_proportions
 from analytics.slices import Period, Slice
+from evaluation.wilson import wilson
 
 T = TypeVar("T")
 
@@ -191,7 +192,7 @@ def gold_shares(counts: Counts, of_model: Counts, gold: Counter[tuple[Labels, La
 
     *gold* are pairs of a gold label and one of the model in a random sample. It needs requirements-evaluation.txt.
     """
-    from evaluation.shares import Agreement, prediction_powered  # noqa: PLC0415 - loads scipy
+    from evaluation.shares import Agreement, prediction_powered  # noqa: PLC0415 - loads numpy
 
     found = []
     occurring = counts.labels.keys() | of_model.labels.keys()

@@ -10,10 +10,11 @@ from typing import Any
 
 from domain.text import counted
 from evaluation.comparison import Comparison
-from evaluation.intervals import LEVEL, SAMPLES, SEED
+from evaluation.intervals import SAMPLES, SEED
 from evaluation.metrics import FieldFigures
 from evaluation.shares import FieldShares
 from evaluation.values import PROBLEMS, Estimate, Problem, Row
+from evaluation.wilson import LEVEL
 
 NOTHING = "–"
 RANDOM_GOLD = "The intervals of shares hold if the gold conversations were drawn at random from the results."

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
-from evaluation.intervals import LEVEL, proportion
+from evaluation.intervals import proportion
 from evaluation.values import Estimate, Labels, Pair, Row
+from evaluation.wilson import LEVEL
 
 ADDED = 1  # pseudo-conversations of each kind of error
 

@@ -253,7 +253,7 @@ def test_labels_are_always_of_the_taxonomy_and_categorization_holds_nothing_else
 names = st.lists(st.text("abcXYZ/ ", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=40, deadline=None)  # each example builds a classifier, which reads VADER's lexicon
+@settings(max_examples=min(100, settings().max_examples))  # each builds a classifier, which reads VADER's lexicon
 @given(names, st.lists(st.text(max_size=12), max_size=8), turns)
 def test_labels_are_always_of_a_replaced_taxonomy(
     labels: list[str], phrases: list[str], said: list[tuple[Sender, str]]
@@ -269,6 +269,7 @@ def test_customer_text_is_not_repeated_in_the_categorization() -> None:
     assert answer.categorization == "Baseline: Cancellation about Shipping/Delivery"
 
 
+@pytest.mark.thorough  # the start of the embedding classifier, which builds this one, shows it as well
 def test_import_and_construction_give_no_warning() -> None:
     code = "from config.taxonomy import load_taxonomy; from embedded.baseline import *; BaselineClassifier(load_taxonomy())"
     root = Path(__file__).parents[2]

@@ -30,6 +30,17 @@ SHIPPED = load_taxonomy()
 
 
 @pytest.fixture(scope="module")
+def encoder() -> minilm.Encoder:
+    return minilm.open_encoder()
+
+
+@pytest.fixture(autouse=True)
+def _one_encoder(encoder: minilm.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all classifiers share it: reading its files takes half of their start."""
+    monkeypatch.setattr(embedding_classifier, "open_encoder", lambda: encoder)
+
+
+@pytest.fixture(scope="module")
 def classifier() -> EmbeddingClassifier:
     return EmbeddingClassifier(SHIPPED)
 
@@ -241,17 +252,17 @@ class TestShippedFiles:
         EmbeddingClassifier(SHIPPED)
         assert seen == []
 
-    def test_vectors_of_the_phrases_are_those_of_the_encoder(self) -> None:
+    def test_vectors_of_the_phrases_are_those_of_the_encoder(self, encoder: minilm.Encoder) -> None:
         known = known_phrases(load_file(embedding_classifier.PHRASES))
         texts = sorted(known)[::100]
-        fresh = embedding_classifier.embedded_texts(minilm.open_encoder(), texts)
+        fresh = embedding_classifier.embedded_texts(encoder, texts)
         np.testing.assert_allclose(np.stack([known[text] for text in texts]), fresh, atol=2e-3)
 
     def test_weights_are_kilobytes(self) -> None:
         assert embedding_classifier.WEIGHTS.stat().st_size < 300_000
         assert embedding_classifier.PHRASES.stat().st_size < 1_200_000
 
-    def test_messages_belong_to_the_labels_of_the_shipped_taxonomy(self) -> None:
+    def test_messages_belong_to_the_labels_of_the_shipped_taxonomy(self, encoder: minilm.Encoder) -> None:
         """A label with another definition has none: they were not written for it."""
         messages = known_messages(load_file(embedding_classifier.PHRASES))
         definitions = {label_texts(label)[0] for field in ("intent", "topic") for label in SHIPPED.labels(field)}
@@ -260,7 +271,7 @@ class TestShippedFiles:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         assert sum(map(len, messages.values())) == 2 * len({row["text"] for row in rows}) == 2 * len(rows)
         other = (Label("Complaint", "The customer talks about a complaint."),)
-        assert len(label_vectors(minilm.open_encoder(), other, {}, messages).phrases) == 1
+        assert len(label_vectors(encoder, other, {}, messages).phrases) == 1
 
     def test_a_reply_that_tells_what_was_done_counts_for_the_intent(self, classifier: EmbeddingClassifier) -> None:
         asked = conversation(("customer", "Hello, it is about order 4411."))

@@ -55,11 +55,14 @@ def test_model_replaces_the_results_of_a_built_in_classifier(
     database: Database[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     built_in: str,
 ) -> None:
     """The documents that are pending follow in the same run; a later run finds nothing to do and loads no model."""
     if built_in == BASELINE_MODEL:
         monkeypatch.setattr("embedded.choice.missing_packages", lambda: ["numpy"])
+    else:
+        request.getfixturevalue("built_in_classifier")
     database.conversation_set.insert_many([conversation(number) for number in range(4)])
     with FakeOllama(models=["nomic-embed-text:latest"]) as fake:
         assert run("--limit", "3", server=fake) == 0
@@ -132,6 +135,7 @@ def test_fields_of_the_taxonomy_are_labelled_and_printed(
 
 
 @pytest.mark.skipif(bool(missing_packages()), reason="requirements-embedding.txt is not installed")
+@pytest.mark.usefixtures("built_in_classifier")
 def test_results_have_confidence_and_name_the_classifier_of_their_language(
     run: Run, database: Database[dict[str, Any]]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from evaluation.intervals import bootstrap, f1_score, macro_f1, mcnemar, proportion, share_of
+from evaluation.intervals import bootstrap, f1_score, lower_bound, macro_f1, mcnemar, proportion, share_of
 from evaluation.values import Estimate
 
 # Label shares 1/2, 1/4, ... and a model that is right in 60 %: gold label x model label.
@@ -37,7 +37,14 @@ def test_few_conversations_give_a_wide_interval() -> None:
 def test_exact_mcnemar_test() -> None:
     """1 against 9: 2 x (1 + 10) / 1024."""
     assert mcnemar(1, 9) == pytest.approx(22 / 1024)
-    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(0, 0) == mcnemar(4, 4) == 1.0
+
+
+def test_exact_lower_bound_of_binomial_shares() -> None:
+    """Clopper-Pearson: 0.05 to the power of 1/3 for three of three; scipy's binomtest for nine of ten."""
+    assert lower_bound(3, 3) == pytest.approx(0.05 ** (1 / 3))
+    assert lower_bound(9, 10) == pytest.approx(0.6058366975634953)
+    assert lower_bound(0, 10) == 0.0
 
 
 def test_bootstrap_is_reproducible_and_agrees_with_the_normal_interval() -> None:
@@ -53,7 +60,7 @@ def test_interval_of_a_single_conversation_is_wide() -> None:
     """Resamples of it are all the same, so it has no width."""
     estimate = bootstrap([1], macro_f1([(frozenset("A"), frozenset("A"))]))
     assert (estimate.value, estimate.high) == (1, 1)
-    assert estimate.low == proportion(1, 1).low
+    assert estimate.low == pytest.approx(proportion(1, 1).low)
 
 
 def cells() -> tuple[list[tuple[int, int]], list[float]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Dialog, Page, async_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 20_000
@@ -18,11 +18,12 @@ WAIT_MS = 20_000
 
 @dataclass
 class Visit:
-    """An open page. *problems* are errors of scripts and violations of the content security policy."""
+    """An open page that agrees to every question. *problems* are errors of scripts and violations of the CSP."""
 
     page: Page
     problems: list[str] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)  # of all requests
+    questions: list[str] = field(default_factory=list)
 
     async def axe(self) -> list[str]:
         """Return the violations that axe finds, as ``rule: elements``."""
@@ -46,6 +47,12 @@ async def visit(password: str, **context: Any) -> AsyncIterator[Visit]:
         page = await opened.new_page()
         page.set_default_timeout(WAIT_MS)
         seen = Visit(page)
+
+        async def agree(dialog: Dialog) -> None:
+            seen.questions.append(dialog.message)
+            await dialog.accept()
+
+        page.on("dialog", agree)
         page.on("pageerror", lambda error: seen.problems.append(str(error)))
         page.on("console", lambda said: seen.problems.append(said.text) if said.type in ("error", "warning") else None)
         page.on("request", lambda request: seen.addresses.append(request.url))

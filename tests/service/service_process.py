@@ -21,6 +21,12 @@ ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
 # For a service that classifies nothing: loading the built-in classifier takes most of the start.
 NO_MODEL = {"OLLAMA_ENDPOINT": "http://127.0.0.1:1"}
+# The service without the packages of the embedding classifier: with API_EMBEDDED it starts in a third of the time.
+WITH_PHRASES = "tests.service.service_with_phrases:app"
+PRELOADED = (
+    *("uvicorn.loops.uvloop", "uvicorn.protocols.websockets.auto", "fastapi.telemetry._runtime"),
+    *("tests.service.preloaded", "tests.service.similar_service"),
+)
 
 CONVERSATION = {
     "conversation_number": "123",
@@ -151,7 +157,8 @@ def serve(folder: Path, *flags: str, app: str = "main:app", **variables: str) ->
     command = ["-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
     log_path = folder / f"service-{port}.log"
     log_path.touch()
-    preload = OF_THE_BUILT_IN_CLASSIFIER if variables.get("API_EMBEDDED") == "true" else ()
+    has_encoder = variables.get("API_EMBEDDED") == "true" and app != WITH_PHRASES
+    preload = (*PRELOADED, *(OF_THE_BUILT_IN_CLASSIFIER if has_encoder else ()))
     files = (log_path, log_path)
     process = ForkedProcess(command, service_environment(**variables), folder, files, preload=preload)
     service = ServiceProcess(process, port, log_path)

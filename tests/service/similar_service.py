@@ -103,3 +103,4 @@ def open_words(_settings: ServiceSettings) -> WordIndex:
 
 
 app = main.create_app(open_search=open_words)
+app.openapi()  # FastAPI keeps it, also for forks

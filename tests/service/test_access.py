@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.service_process import NO_MODEL, ServiceProcess, free_port, run_to_the_end, serve
+from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, free_port, run_to_the_end, serve
 
 KEY, NEW_KEY, OTHER = "helpdesk-key-0123456789", "helpdesk-key-9876543210", "crm-key-0123456789abcdef"
 KEYS = f"helpdesk:{KEY},helpdesk:{NEW_KEY},crm:{OTHER}"
@@ -18,7 +18,7 @@ OUTSIDE = "0.0.0.0"
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     settings = {"API_KEYS": KEYS, "API_EMBEDDED": "true", "API_RATE_LIMIT_PER_MINUTE": "8", "LOG_LEVEL": "DEBUG"}
-    with serve(tmp_path_factory.mktemp("keyed"), **settings) as process:
+    with serve(tmp_path_factory.mktemp("keyed"), app=WITH_PHRASES, **settings) as process:
         yield process
 
 
@@ -100,7 +100,8 @@ def test_keys_never_appear_in_logs_or_metrics(keyed: ServiceProcess) -> None:
 
 def test_pages_switched_off_return_404_and_foreign_hosts_421(tmp_path: Path) -> None:
     """404, as for any path that is not there; also without keys."""
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DOCS="off", API_EXPOSE_METRICS="off") as service:
+    off = {"API_EXPOSE_DOCS": "off", "API_EXPOSE_METRICS": "off"}
+    with serve(tmp_path, app=WITH_PHRASES, API_EMBEDDED="true", **off) as service:
         for path in ("/docs", "/openapi.json", "/metrics", "/docs/assets/swagger-ui.css"):
             assert (service.get(path).status, service.get(path).error) == (404, "NotFoundError")
         # A page that calls this machine by its own name (DNS rebinding) is not answered without keys.

@@ -352,11 +352,12 @@ def test_classify_conversation_reports_whether_the_input_was_complete(turns: int
     assert list(body["classification"]) == ["intent", "topic", "sentiment", "categorization"]
 
 
-def test_unexpected_exception_returns_500_without_details(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_unexpected_exception_returns_500_without_details(
+    tmp_path_factory: pytest.TempPathFactory, fake: FakeOllama
+) -> None:
     """500 with the request id; the log has the place in the code, and not the message, which may quote a request."""
-    with serve(
-        tmp_path_factory.mktemp("faulty"), app="tests.service.faulty_service:app", API_EMBEDDED="true"
-    ) as service:
+    place = {"app": "tests.service.faulty_service:app", "OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
+    with serve(tmp_path_factory.mktemp("faulty"), **place) as service:
         answer = service.classify(conversation(CANARY), X_Request_ID="fault-1")
         assert (answer.status, answer.error) == (500, "InternalError")
         assert answer.headers["x-request-id"] == "fault-1"

@@ -11,7 +11,7 @@ import pytest
 
 from config import load_taxonomy
 from tests.fakes.fake_ollama import FakeOllama
-from tests.service.service_process import ServiceProcess, conversation, serve
+from tests.service.service_process import WITH_PHRASES, ServiceProcess, conversation, serve
 
 LIMITS = {"API_MAX_TEXT_CHARACTERS": "2000", "API_MAX_BODY_BYTES": "10000", "API_MAX_BATCH_BYTES": "100000"}
 
@@ -115,7 +115,7 @@ def test_deadline_holds_for_the_whole_batch_and_keeps_what_is_done(tmp_path: Pat
 def test_batch_counts_as_its_conversations_for_the_rate_limit_and_needs_a_key(tmp_path: Path) -> None:
     """A batch is admitted with one request left, and what follows waits for the rest."""
     keys = {"API_KEYS": "a:0123456789abcdef,b:fedcba9876543210", "API_RATE_LIMIT_PER_MINUTE": "10"}
-    with serve(tmp_path, API_EMBEDDED="true", **keys) as service:
+    with serve(tmp_path, app=WITH_PHRASES, API_EMBEDDED="true", **keys) as service:
         key = {"X-API-Key": "0123456789abcdef"}
         assert post(service, item(1)).error == "AuthenticationError"
         assert post(service, *(item(n) for n in range(30)), **key).json["succeeded"] == 30

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Dialog
 from pymongo.database import Database
 
 from tests.commands.test_quarantine import failed
@@ -57,61 +56,6 @@ async def test_review_works_inside_the_frame_by_keyboard(service: ServiceProcess
         await page.keyboard.press("Enter")
         await page.get_by_role("heading", name="Failed documents").wait_for()
         assert database["sentimental_analysis_corrections"].count_documents({}) == 3
-        check(seen, service)
-
-
-async def test_quarantine_is_replayed_and_dropped_by_keyboard(service: ServiceProcess) -> None:
-    """A change of many, and a drop, ask first."""
-    asked: list[str] = []
-
-    async def agree(dialog: Dialog) -> None:
-        asked.append(dialog.message)
-        await dialog.accept()
-
-    async with visit(ANNA) as seen:
-        page = seen.page
-        page.on("dialog", agree)
-        await page.goto(f"{service.url}/dashboard/quarantine")
-        assert not await seen.axe()
-        await page.get_by_role("button", name="Replay document a", exact=True).press("Enter")
-        await page.get_by_text("1 document released").wait_for()
-        assert not asked
-        await page.get_by_role("link", name="b", exact=True).press("Enter")
-        await page.get_by_role("heading", name="Failed document b").wait_for()
-        await page.wait_for_load_state()
-        assert not await seen.axe()
-        await page.get_by_role("button", name="Drop document b").press("Enter")
-        await page.get_by_text("1 document dropped").wait_for()
-        await page.wait_for_load_state()  # the script that asks is there
-        await page.get_by_role("button", name="Replay all failed documents").press("Enter")
-        await page.get_by_text("1 document released").wait_for()
-        assert asked == ["Drop document b from quarantine for good?", "Replay all failed documents?"]
-        check(seen, service)
-
-
-async def test_charts_come_by_themselves_and_lead_to_examples_by_keyboard(service: ServiceProcess) -> None:
-    """The first page has no chart; the script asks for them. Each chart has a table, and links work behind a prefix."""
-    async with visit(ANNA) as seen:
-        page = seen.page
-        await page.goto(f"{service.url}/dashboard/labels")
-        await page.get_by_text("2 results, counted").wait_for()
-        assert not await seen.axe()
-        drawings = await page.get_by_role("img").count()
-        tables = page.get_by_text(re.compile("^Table: "))
-        assert await tables.count() == drawings >= 4
-        await tables.first.press("Enter")
-        await page.get_by_role("cell", name="100.0 %").first.wait_for()
-        await page.get_by_role("link", name="Complaint", exact=True).press("Enter")
-        await page.get_by_label("Remove the filter intent: Complaint").wait_for()
-        await page.get_by_role("link", name="least confident").press("Enter")
-        await page.get_by_role("row", name=re.compile("Complaint")).first.wait_for()
-        assert page.url == f"{service.url}/dashboard/examples/confidence?label.intent=Complaint"
-        assert not await seen.axe()
-        await page.get_by_text("Filter", exact=True).press("Enter")
-        await page.get_by_label("Channel").fill("nowhere")
-        await page.get_by_role("button", name="Show").press("Enter")
-        await page.get_by_text("No result is in this view").wait_for()
-        assert "channel=nowhere" in page.url
         check(seen, service)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from playwright.async_api import Dialog
 from pymongo.database import Database
 
 from tests.service.chromium import visit
@@ -37,42 +35,6 @@ def service(tmp_path: Path, mongodb_uri: str, db_name: str, database: Data) -> I
     settings = {"API_KEYS": f"anna:{ANNA}", **NO_MODEL, "API_EXPOSE_DASHBOARD": "key"}
     with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
-
-
-async def test_figures_change_without_reloading_and_orders_work_by_keyboard(
-    service: ServiceProcess, database: Data
-) -> None:
-    """The focus stays on the button, also when Pause becomes Resume; nothing is requested from elsewhere."""
-    async with visit(ANNA) as seen:
-        page = seen.page
-        await page.goto(f"{service.url}/dashboard")
-        await page.evaluate("window.isSamePage = true")
-        database[WORKERS].update_one({"_id": "w1"}, {"$set": {"counts.processed": 77}})
-        await page.get_by_text("77 of 100 documents").wait_for()
-        await page.keyboard.press("Tab")
-        assert await page.evaluate("document.activeElement.textContent") == "Skip to content"
-        await page.locator("#pause-w1").focus()
-        await page.keyboard.press("Enter")
-        await page.get_by_text("Pause: the worker obeys in a few seconds.").wait_for()
-        await page.locator("#run-w1").get_by_text("Last order: pause, by anna").wait_for()
-        stored = database[WORKERS].find_one_and_update({"_id": "w1"}, {"$set": {"status": "paused"}})
-        assert [one["by"] for one in stored["orders"]] == ["anna"]
-        await page.locator("#resume-w1").wait_for()
-        assert await page.evaluate("document.activeElement.id") == "resume-w1"
-        questions: list[str] = []
-
-        async def accept(dialog: Dialog) -> None:
-            questions.append(dialog.message)
-            await dialog.accept()
-
-        page.on("dialog", accept)
-        await page.locator("#stop-w1").focus()
-        await page.keyboard.press("Enter")
-        await page.locator("#run-w1").get_by_text("Last order: stop, by anna").wait_for()
-        assert "the same command resumes it" in questions[0]
-        assert await page.evaluate("window.isSamePage")
-        assert not seen.problems
-        assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in seen.addresses} <= {service.url, "data:"}
 
 
 @pytest.mark.thorough

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.review.review_site import AGREED, fill, result
 from tests.service.chromium import Visit, visit
-from tests.service.service_process import NO_MODEL, ServiceProcess, serve
-from tests.service.test_schema import document
+from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, serve
+from tests.service.test_schema import document, schemathesis
 
 Data = Database[dict[str, Any]]
 ANNA, BEN = "anna-key-0123456789abcd", "ben-key-0123456789abcdef"
@@ -34,7 +32,7 @@ def key(value: str) -> dict[str, str]:
 def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceProcess]:
     """A service with the page, and two callers."""
     settings = {"API_KEYS": f"anna:{ANNA},ben:{BEN}", **NO_MODEL, "API_EXPOSE_REVIEW": "key", **SHARES}
-    with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
+    with serve(tmp_path, app=WITH_PHRASES, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 
 
@@ -137,7 +135,7 @@ def test_requests_of_other_sites_are_refused(service: ServiceProcess, database: 
 def test_review_answers_503_while_mongodb_is_away(tmp_path: Path) -> None:
     """/classify still works."""
     away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_REVIEW="key", **away) as process:
+    with serve(tmp_path, app=WITH_PHRASES, API_EMBEDDED="true", API_EXPOSE_REVIEW="key", **away) as process:
         answer = process.get("/review/next")
         assert (answer.status, answer.error) == (503, "StoreUnavailableError")
         assert "retry-after" in answer.headers
@@ -150,61 +148,16 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
 ) -> None:
     fill(database, [result(number) for number in range(5)])
     place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": database.name}
-    with serve(tmp_path, **NO_MODEL, API_EXPOSE_REVIEW="key", **place) as open_service:
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{open_service.url}/openapi.json"]
-        command += ["--include-path-regex", "^/review", "--checks", "all", "--max-examples", str(examples)]
+    with serve(tmp_path, app=WITH_PHRASES, **NO_MODEL, API_EXPOSE_REVIEW="key", **place) as open_service:
         # The labels are those of the taxonomy, which the document does not name.
-        command += ["--seed", "1", "--generation-deterministic", "--exclude-checks", "positive_data_acceptance"]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
-        assert ended.returncode == 0, ended.stdout
+        options = ("--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance")
+        schemathesis(open_service, tmp_path, "^/review", *options)
         assert "Traceback" not in open_service.log
-
-
-HOSTILE = "1 < 2 <img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 
 
 async def shown(seen: Visit, number: int) -> None:
     """Return as soon as the page asks for conversation *number*."""
     await seen.page.locator("#review-status").get_by_text(f"Conversation {number} ").wait_for()
-
-
-async def test_page_works_with_the_keyboard_in_a_browser(service: ServiceProcess, database: Data) -> None:
-    """The browser asks for the key. Accept, correct, note and undo; a hostile text is only text; nothing is requested from elsewhere."""
-    fill(database, [result(1, 0.2), result(2, 0.5), result(3, 0.8)])
-    hostile = {"$set": {"messages.0.text": HOSTILE, "conversation_number": "1"}}
-    database["conversation_set"].update_one({"_id": 1}, hostile)
-    async with visit(ANNA) as seen:
-        page, keys = seen.page, seen.page.keyboard
-        await page.goto(f"{service.url}/review")
-        await shown(seen, 1)
-        assert HOSTILE in await page.locator("#turns li").first.inner_text()
-        pressed = await page.locator("[aria-pressed=true]").evaluate_all("all => all.map(one => one.dataset.label)")
-        assert pressed == list(AGREED.values())
-        await keys.press("3")  # the third intent of the taxonomy
-        await keys.press("n")
-        await keys.insert_text("asks n, s and u")
-        await keys.press("Enter")
-        await keys.press("Enter")
-        await shown(seen, 2)
-        first = [one for one in corrections(database) if one["source_conversation_id"] == 1]
-        assert [(one["field"], one["from"] == one["to"], one["note"]) for one in first] == [
-            ("intent", False, "asks n, s and u"),
-            ("sentiment", True, "asks n, s and u"),
-            ("topic", True, "asks n, s and u"),
-        ]
-        await keys.press("u")
-        await shown(seen, 1)
-        assert not corrections(database)
-        await page.locator("#accept").click()  # a finger
-        await shown(seen, 2)
-        await keys.press("s")
-        await shown(seen, 3)
-        await keys.press("Enter")
-        await page.locator("#review-status").get_by_text("No conversation is left").wait_for()
-        assert await page.title() == "Review labels"
-        assert not seen.problems
-        assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in seen.addresses} <= {service.url, "data:"}
-    assert {one["reviewer"] for one in corrections(database)} == {"anna"}
 
 
 @pytest.mark.thorough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from service.contract import EXAMPLE_REQUEST
 from service.openapi import openapi_document
 from service.similar import EXAMPLE_HITS, MAX_QUERY_CHARACTERS, SimilarResponse
 from tests.fakes.fake_ollama import FakeOllama
-from tests.service.service_process import serve
+from tests.service.service_process import WITH_PHRASES, ServiceProcess, serve
 from tests.service.test_similar_service import APP, write_index
 
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -35,6 +36,19 @@ categorization: false
 
 def document(**settings: Any) -> dict[str, Any]:
     return openapi_document(main.app, load_service_settings(None, **settings), load_taxonomy())
+
+
+def schemathesis(service: ServiceProcess, folder: Path, paths: str, *options: str) -> str:
+    """Return what schemathesis says when it finds no fault in the answers of the routes that match *paths*."""
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
+    command += ["--include-path-regex", paths, "--checks", "all", "--seed", "1", "--generation-deterministic", *options]
+    # Hypothesis keeps its table of characters there, which takes as long to make as all requests of a short run.
+    environment = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(__file__).parents[2] / ".hypothesis")}
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
 
 
 @pytest.mark.timeout(300)
@@ -62,13 +76,9 @@ def test_schemathesis_finds_no_deviation_from_the_document(
         FakeOllama(slots=8, user_message=0, record=False) as fake,
         serve(tmp_path, app=APP, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **limits) as service,
     ):
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
-        command += ["--checks", "all", "--phases", phases, "--max-examples", "40", "--seed", "1"]
-        command += ["--generation-deterministic", "--include-path-regex", paths]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
-        assert ended.returncode == 0, ended.stdout
-        generated = re.search(r"(\d+) generated, (\d+) passed", ended.stdout)
-        assert generated is not None, ended.stdout
+        said = schemathesis(service, tmp_path, paths, "--phases", phases, "--max-examples", "40")
+        generated = re.search(r"(\d+) generated, (\d+) passed", said)
+        assert generated is not None, said
         assert int(generated[1]) > 50
         assert "Traceback" not in service.log
 
@@ -126,7 +136,7 @@ def test_every_error_is_documented(kind: ErrorKind) -> None:
 def test_documented_example_and_metrics_match_the_service(tmp_path: Path) -> None:
     """The example of /docs is answered when it is sent as it is; docs/service.md names the numbers that there are."""
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
-    with serve(tmp_path, API_EMBEDDED="true") as service:
+    with serve(tmp_path, app=WITH_PHRASES, API_EMBEDDED="true") as service:
         schemas = service.get("/openapi.json").json["components"]["schemas"]
         shown = schemas["ClassificationRequest"]["examples"][0]
         assert shown == EXAMPLE_REQUEST

@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from tests.cases import mostly_thorough
+from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import NO_MODEL, Answer, ServiceProcess, conversation, serve, service_environment
 
 CANARY = "CANARY-4929-1234"
@@ -65,8 +66,14 @@ def write_index(folder: Path, **state: Any) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("similar")
     write_index(folder)
-    with serve(folder, app=APP, API_EMBEDDED="true", LOG_LEVEL="DEBUG", API_MAX_BODY_BYTES="60000") as service:
+    with serve(folder, app=APP, **NO_MODEL, LOG_LEVEL="DEBUG", API_MAX_BODY_BYTES="60000") as service:
         yield Site(service, folder)
+
+
+@pytest.fixture
+def model(fake: FakeOllama) -> dict[str, str]:
+    """The settings of the model server."""
+    return {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
 
 
 @pytest.fixture
@@ -102,10 +109,10 @@ def test_search_returns_similar_conversations_with_their_labels(site: Site) -> N
 
 
 @pytest.mark.thorough
-def test_index_is_opened_once_at_the_first_search(tmp_path: Path) -> None:
+def test_index_is_opened_once_at_the_first_search(tmp_path: Path, model: dict[str, str]) -> None:
     """Not at the start, and what is indexed afterwards is found."""
     write_index(tmp_path)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true") as service:
+    with serve(tmp_path, app=APP, **model) as service:
         site = Site(service, tmp_path)
         assert service.classify().status == 200
         assert site.events == []
@@ -259,11 +266,11 @@ def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> Non
     ids=str,
 )
 def test_service_without_usable_index_returns_503_and_still_classifies(
-    tmp_path: Path, state: dict[str, Any], kind: str, remedy: str
+    tmp_path: Path, model: dict[str, str], state: dict[str, Any], kind: str, remedy: str
 ) -> None:
     """503, in the answer or the log; no search if the text would leave the network."""
     write_index(tmp_path, **state)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="") as service:
+    with serve(tmp_path, app=APP, **model, ALLOW_EXTERNAL_LLM="") as service:
         site = Site(service, tmp_path)
         for answer in (site.get(CANARY), site.post({"text": CANARY})):
             assert (answer.status, answer.error) == (503, kind)
@@ -303,11 +310,11 @@ def test_main_does_not_import_the_index_packages(tmp_path: Path) -> None:
     assert ended.stdout.strip() == "[]", ended.stderr
 
 
-def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path) -> None:
+def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path, model: dict[str, str]) -> None:
     """One rate for both routes."""
     write_index(tmp_path)
     keys = {"API_KEYS": f"helpdesk:{KEY}", "API_RATE_LIMIT_PER_MINUTE": "3"}
-    with serve(tmp_path, app=APP, API_EMBEDDED="true", **keys) as service:
+    with serve(tmp_path, app=APP, **model, **keys) as service:
         assert service.get("/similar?text=a").error == "AuthenticationError"
         assert service.request("POST", "/similar", {"text": "a"}).error == "AuthenticationError"
         with_key = {"X-API-Key": KEY}

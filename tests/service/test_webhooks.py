@@ -19,7 +19,7 @@ from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from service.webhooks import url_pattern
 from tests.fakes.webhook_receiver import receiving, status
-from tests.service.service_process import ServiceProcess, free_port, serve
+from tests.service.service_process import WITH_PHRASES, ServiceProcess, free_port, serve
 from tests.service.test_jobs import HEADS, item, post, until
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def site(mongodb_uri: str, db_name: str, tmp_path: Path) -> Callable[..., Any]:
     def start(origin: str) -> Iterator[ServiceProcess]:
         hooks = {"API_WEBHOOK_ORIGINS": f"https://hooks.example.com,{origin}", "API_WEBHOOK_SECRET": SECRET}
         address = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name, "API_EMBEDDED": "true"}
-        with serve(tmp_path, **address, **hooks) as service:
+        with serve(tmp_path, app=WITH_PHRASES, **address, **hooks) as service:
             yield service
 
     return start
