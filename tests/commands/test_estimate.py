@@ -94,6 +94,7 @@ def test_estimate_prints_a_table_and_keeps_a_random_sample(site: Site) -> None:
     assert site.results.count_documents({}) == 240
 
 
+@pytest.mark.thorough
 def test_documents_with_a_result_or_without_text_are_excluded(site: Site) -> None:
     """Of 200 documents, 40 have a result but a reset status, and 80 have no text of the customer."""
     silent = [{"sender": "agent", "text": "Anything else?"}]

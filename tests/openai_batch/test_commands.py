@@ -108,6 +108,7 @@ def test_sigterm_before_mongodb_answers_ends_at_once(job: Job) -> None:
     assert time.monotonic() - begun_s < 15
 
 
+@pytest.mark.thorough
 def test_failed_documents_are_exit_code_1(job: Job, openai: FakeOpenAI) -> None:
     """The run completes all other documents."""
     openai.configure(
@@ -180,6 +181,7 @@ def test_dry_run_prints_bodies_price_address_and_refusals(job: Job, openai: Fake
     assert openai.requests() == []
 
 
+@pytest.mark.thorough
 def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
     """A start that could not send has planned files; the next start sends them as well."""
     openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
@@ -225,6 +227,7 @@ def test_max_cost_refuses_model_of_unknown_price(job: Job, openai: FakeOpenAI) -
     assert "price unknown" in job.cli("run", "--dry-run", OPENAI_MODEL="nobody-knows-it").out
 
 
+@pytest.mark.thorough
 def test_limit_bounds_sent_documents(job: Job, openai: FakeOpenAI) -> None:
     """The other documents stay pending."""
     assert job.cli("run", "--limit", "12").code == 0
@@ -402,6 +405,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
+@pytest.mark.thorough
 def test_sigint_ends_like_sigterm(job: Job, openai: FakeOpenAI) -> None:
     """With 130 and no traceback."""
     openai.configure(polls_until_done=0)

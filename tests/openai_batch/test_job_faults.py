@@ -220,8 +220,7 @@ CASES = {
 
 # Of the failed calls, the usual run has those that could be paid for twice, and those whose answer the job needs.
 USUAL_CALLS = {
-    *("server_error_500 of batches.retrieve", "close of files.content", "close of batches.list"),
-    *("server_error_500 of batches.create", "close of batches.create"),
+    *("server_error_500 of batches.retrieve", "close of files.content", "close of batches.create"),
 }
 # Variants of other scenarios.
 MORE = {
@@ -243,6 +242,7 @@ MORE = {
     *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
     *("create answered with a page", "unknown ids", "half expired", "refused for two lines", "output file gone"),
     *("cut at its length", "download cut in the connection", "upload answered and lost"),
+    *("429 of a quota", "status 400", "too many tokens twice"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 
