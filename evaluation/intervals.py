@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -20,17 +21,18 @@ def proportion(hits: int, n: int) -> Estimate:
     """Return *hits* / *n* with Wilson's score interval."""
     if n == 0:
         return Estimate(None, None, None, 0)
-    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
-
-    interval = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
-    return Estimate(hits / n, float(interval.low), float(interval.high), n)
+    share, z = hits / n, NormalDist().inv_cdf((1 + LEVEL) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = 0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half
+    return Estimate(share, low, high, n)
 
 
 def lower_bound(hits: int, n: int) -> float:
     """Return the exact (Clopper-Pearson) lower bound of *hits* / *n*, one-sided at LEVEL; *n* is at least 1."""
-    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+    from scipy.special import betaincinv  # noqa: PLC0415 - only some reports need it
 
-    return float(binomtest(hits, n, alternative="greater").proportion_ci(LEVEL, method="exact").low)
+    return float(betaincinv(hits, n - hits + 1, 1 - LEVEL)) if hits else 0.0
 
 
 def f1_score(true_positive: int, false_positive: int, false_negative: int, n: int) -> Estimate:
@@ -47,10 +49,9 @@ def f1_score(true_positive: int, false_positive: int, false_negative: int, n: in
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test; 1.0 if nothing differs."""
-    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+    from scipy.special import bdtr  # noqa: PLC0415 - only comparisons need it; scipy.stats takes a second to import
 
-    total = only_first + only_second
-    return float(binomtest(only_first, total).pvalue) if total else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
 def bootstrap(counts: Sequence[int], statistic: Callable[[Array], Array], least: float = 0.0) -> Estimate:

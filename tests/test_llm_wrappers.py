@@ -191,7 +191,7 @@ def test_busy_server_is_retried(wrapper: type[Asker], server: ScriptedServer) ->
             pytest.param(say(b"220 mail.example ESMTP\r\n"), id="not-http"),
             pytest.param(say(b""), id="closed"),
         ],
-        2,
+        4,
     ),
 )
 def test_transient_errors_are_retried_up_to_the_limit(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:

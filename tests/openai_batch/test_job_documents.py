@@ -202,7 +202,9 @@ def test_other_account_resends_nothing(job: Job, openai: FakeOpenAI) -> None:
     assert openai.stats()["lines_billed"] == 5
 
 
-@pytest.mark.parametrize("left", [pytest.param(None, id="lost", marks=pytest.mark.thorough), pytest.param(0.5, id="cut")])
+@pytest.mark.parametrize(
+    "left", [pytest.param(None, id="lost", marks=pytest.mark.thorough), pytest.param(0.5, id="cut")]
+)
 def test_unusable_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI, left: float | None) -> None:
     """Neither a missing file nor the rest of a cut one is sent; its documents become pending again."""
     job.fill(5)
