@@ -24,10 +24,16 @@ from tests.fakes.scripted_server import GOOD_CONTENT, MODELS, Handler, ScriptedS
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
+@pytest.fixture(scope="module")
+def running_fake() -> Iterator[FakeOllama]:
     with FakeOllama(slots=4, latency_s=0.1) as server:
         yield server
+
+
+@pytest.fixture
+def fake(running_fake: FakeOllama) -> FakeOllama:
+    running_fake.renew()
+    return running_fake
 
 
 async def no_documents() -> list[int]:
