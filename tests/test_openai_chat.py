@@ -249,7 +249,7 @@ def test_other_refusals_do_not_change_the_options(asker: Sync | Async, server: S
     assert len(server.chats) == 1
 
 
-@pytest.mark.parametrize("on_long", ["fit", *mostly_thorough(["skip", "fail"], 2)])
+@pytest.mark.parametrize("on_long", mostly_thorough(["fit", "skip", "fail"], 3))
 @pytest.mark.parametrize("window", mostly_thorough([5000, 10_000, 1000], 2))
 def test_server_that_names_no_size_is_tried_with_smaller_prompts(
     server: ScriptedServer, on_long: OnLong, window: int

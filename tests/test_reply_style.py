@@ -263,7 +263,7 @@ def test_script_answers_without_sentence(model: FakeOllama) -> None:
     assert list(found.model_dump()["classification"]) == ["intent", "topic", "sentiment"]
 
 
-@pytest.mark.parametrize("style", mostly_thorough(STYLES, 2))
+@pytest.mark.parametrize("style", mostly_thorough(STYLES, 4))
 def test_engine_writes_an_answer_of_each_style(engine: TinyEngine, style: ReplyStyle, tmp_path: Path) -> None:
     """llama.cpp compiles the schema and its grammar leads random weights to an answer that the parser takes."""
     outcome, _, client = asked_of_engine(engine, Classifier(of_fields(tmp_path), "fit", style), prepares=False)

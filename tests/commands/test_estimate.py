@@ -164,6 +164,7 @@ def test_failed_documents_in_the_sample_exit_with_1(site: Site) -> None:
     assert answer["time"]["expected_s"] > 0
 
 
+@pytest.mark.thorough
 def test_report_names_the_place_of_failed_documents(site: Site) -> None:
     """The quarantine, not the retry queue, for documents that the server refuses."""
     assert site.model is not None

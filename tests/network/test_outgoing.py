@@ -22,6 +22,11 @@ from tests.network.outgoing_clients import CLIENTS, Call
 
 OURS = {"content-type", "authorization", "idempotency-key", "x-request-id"}
 OF_HTTP = {"host", "connection", "accept", "accept-encoding", "content-length", "transfer-encoding"}
+# Of each library one: aiohttp, requests, httpx2.
+SOME_CLIENTS = [
+    pytest.param(call, id=name, marks=() if name in ("worker", "sync", "jobs") else pytest.mark.thorough)
+    for name, call in CLIENTS.items()
+]
 PUBLIC = "triad.example"  # no server has this name
 
 
@@ -206,6 +211,7 @@ def server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recor
     recorder.close()
 
 
+@pytest.mark.parametrize("client", SOME_CLIENTS)
 def test_untrusted_certificate_is_named_with_the_variable(client: Call, server: Recorder, tmp_path: Path) -> None:
     """Nothing is sent, and the message does not ask to start a server that runs."""
     with pytest.raises(TriadError) as caught:
@@ -260,6 +266,7 @@ def test_unreadable_file_of_certificates_is_named(monkeypatch: pytest.MonkeyPatc
             Mailbox("a@example.com", "127.0.0.1:465", None, None)
 
 
+@pytest.mark.parametrize("client", SOME_CLIENTS)
 def test_other_tls_problems_have_their_sentence(
     client: Call, server: Recorder, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -309,6 +309,7 @@ def test_openai_away_is_exit_code_3_and_resumes(job: Job, openai: FakeOpenAI, mo
         assert (job.statuses(), other.statuses()) == ({"completed": 25}, {"completed": 5})
 
 
+@pytest.mark.thorough
 def test_mongodb_away_is_exit_code_3(job: Job) -> None:
     """For a run and for a dry run. The driver leaves a socket behind, so both are processes of their own."""
     settings = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "300", "MONGODB_BACKOFF_S": "0.01"}
@@ -381,6 +382,7 @@ def test_progress_without_terminal_prints_occasional_lines() -> None:
     assert 100 * 0.3 / LINE_EVERY_S - 1 <= len(lines) <= 100 * 0.3 / LINE_EVERY_S + 2
 
 
+@pytest.mark.thorough
 def test_progress_on_terminal_is_redrawn(job: Job) -> None:
     """One line for each batch."""
     controller, terminal = os.openpty()

@@ -84,6 +84,7 @@ def test_document_that_cannot_be_claimed_fails_alone(job: Job) -> None:
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
+@pytest.mark.thorough
 def test_oversized_request_fails_alone(job: Job, openai: FakeOpenAI) -> None:
     """The other documents are completed."""
     job.batch = {"max_file_bytes": 10_000}

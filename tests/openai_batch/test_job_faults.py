@@ -55,6 +55,7 @@ GIVE_UP = {"files_late_s": 0.2}
 KEEP_LOOKING = {"adopt_wait_s": 30.0}
 CASES = {
     # Order and content of the files
+    # The lines of all other scenarios are shuffled as well, with another seed.
     "shuffled": Case([], GOOD, knobs={"shuffle": True, "seed": 5}),
     "in order": Case([], GOOD, knobs={"shuffle": False}),
     "twice the same": Case([line("duplicate")], GOOD),
@@ -242,7 +243,7 @@ MORE = {
     *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
     *("create answered with a page", "unknown ids", "half expired", "refused for two lines", "output file gone"),
     *("cut at its length", "download cut in the connection", "upload answered and lost"),
-    *("429 of a quota", "status 400", "too many tokens twice"),
+    *("429 of a quota", "status 400", "too many tokens twice", "shuffled"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 
