@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
@@ -30,7 +30,6 @@ from error_handler import (
 )
 from model_server.models import chat_target
 from mongo_client import DocumentStore
-from openai_batch.masking import Masking
 from review.corrections import CorrectionStore
 from review.labels import Correction
 from review.suggestion import (
@@ -48,6 +47,9 @@ from storage.extended_json import canonical, id_key
 from storage.files import replace_file, require_replaceable
 from utils.process import number_between
 from worker.reply_choice import style_of
+
+if TYPE_CHECKING:
+    from openai_batch.masking import Masking
 
 DEFAULT_LIMIT = 80
 PAGE = 50
@@ -76,6 +78,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.write:
         require_replaceable(arguments.write, "--write")
+    from openai_batch.masking import Masking  # noqa: PLC0415 - the package takes a second to load, also for cli.py --help
+
     masking = Masking(arguments.phone_region)
     taxonomy = load_prompt_taxonomy(settings)
     store = DocumentStore(settings)

@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from config.settings import forget_settings
+from config.settings import forget_settings, known_environment_names
 from error_handler import JobProcessingError, JobTemplateError
 from storage.extended_json import bson_decode, bson_encode
 
@@ -52,6 +52,7 @@ class RenderProcess:
         self._lock = threading.Lock()
         self._is_closed = False
         self._child = self._deaths = 0
+        known_environment_names()  # kept for each child; the first call imports modules, which takes 40 ms
         self._start()
 
     def __enter__(self) -> Self:

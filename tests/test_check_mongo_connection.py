@@ -88,6 +88,7 @@ async def test_standalone_server_is_explained(mongodb_uri: str) -> None:
     assert "no failover" in finding.sentence
 
 
+@pytest.mark.thorough
 async def test_replica_set_is_explained(tmp_path: Path) -> None:
     with ReplicaSetMongod(tmp_path) as server:
         finding = await finding_with("replica set", server.uri)

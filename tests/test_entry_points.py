@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.environment import clean_environment
 from tests.forked_process import run_forked
 from tests.test_import_graph import ENTRY_POINTS
@@ -36,17 +37,20 @@ def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("program", "code"),
-    [
-        ("pass", 0),
-        ("import sys; sys.exit(5)", 5),
-        ("import sys; sys.exit('no')", 1),
-        ("raise KeyError('x')", 1),
-        ("raise KeyboardInterrupt", -2),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9),
-        ("import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()", 0),
-        ("import atexit; atexit.register(print, 'at exit'); print('before')", 0),
-        ("import sys; print(sys.argv, __name__, len(sys.stdin.read()))", 0),
-    ],
+    mostly_thorough(
+        [
+            ("pass", 0),
+            ("import sys; sys.exit(5)", 5),
+            ("import sys; sys.exit('no')", 1),
+            ("raise KeyError('x')", 1),
+            ("raise KeyboardInterrupt", -2),
+            ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9),
+            ("import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()", 0),
+            ("import atexit; atexit.register(print, 'at exit'); print('before')", 0),
+            ("import sys; print(sys.argv, __name__, len(sys.stdin.read()))", 0),
+        ],
+        4,
+    ),
 )
 def test_forked_program_behaves_like_a_started_one(program: str, code: int, tmp_path: Path) -> None:
     """The fork only saves time."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,6 +142,18 @@ def tree_of(path: Path) -> ast.Module:
 @functools.cache
 def nodes_of(path: Path) -> list[ast.AST]:
     return list(ast.walk(tree_of(path)))
+
+
+def forget_trees() -> None:
+    """Let go of the parsed modules: the garbage collector would look through half a million nodes in all later tests."""
+    tree_of.cache_clear()
+    nodes_of.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees() -> Iterator[None]:
+    yield
+    forget_trees()
 
 
 @functools.cache

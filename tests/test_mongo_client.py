@@ -23,6 +23,7 @@ from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
 from storage.mongo_indexes import serves_as_unique
 from storage.selection import STATUSES, Selection, State, StateFields
+from tests.cases import mostly_thorough
 from tests.embedding_index.stores import DRIVERS, open_store
 from worker.left_out import count_left_out
 
@@ -295,13 +296,16 @@ async def test_replaced_result_keeps_the_labels_of_an_earlier_text(
 @pytest.mark.parametrize("replace", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["insert", "replace"])
 @pytest.mark.parametrize(
     "bad",
-    [
-        pytest.param({"text": "x" * 17_000_000}, id="17-MB"),
-        pytest.param({"a\x00b": 1}, id="nul-in-key"),
-        pytest.param({"text": "caf\ud83d"}, id="lone-surrogate"),
-        pytest.param({"number": 2**80}, id="number-beyond-64-bit"),
-        pytest.param({"value": object()}, id="foreign-type"),
-    ],
+    mostly_thorough(
+        [
+            pytest.param({"text": "x" * 17_000_000}, id="17-MB"),
+            pytest.param({"a\x00b": 1}, id="nul-in-key"),
+            pytest.param({"text": "caf\ud83d"}, id="lone-surrogate"),
+            pytest.param({"number": 2**80}, id="number-beyond-64-bit"),
+            pytest.param({"value": object()}, id="foreign-type"),
+        ],
+        2,
+    ),
 )
 async def test_one_bad_result_does_not_spoil_its_group(
     store: DocumentStore, database: Database[dict[str, Any]], bad: dict[str, Any], replace: bool
@@ -379,14 +383,17 @@ async def test_stored_duplicates_block_the_unique_index(
 
 @pytest.mark.parametrize(
     ("keys_of_index", "options"),
-    [
-        pytest.param([("source_conversation_id", 1)], {"unique": True, "name": "one_result"}, id="other-name"),
-        pytest.param([("source_conversation_id", -1)], {"unique": True}, id="descending"),
-        pytest.param([("source_conversation_id", 1)], {}, id="not-unique"),
-        pytest.param([("source_conversation_id", 1)], {"name": "of_the_application"}, id="not-unique-other-name"),
-        pytest.param([("source_conversation_id", 1)], {"sparse": True}, id="sparse"),
-        pytest.param([("n", 1)], {"name": "source_conversation_id_1"}, id="name-taken"),
-    ],
+    mostly_thorough(
+        [
+            pytest.param([("source_conversation_id", 1)], {"unique": True, "name": "one_result"}, id="other-name"),
+            pytest.param([("source_conversation_id", -1)], {"unique": True}, id="descending"),
+            pytest.param([("source_conversation_id", 1)], {}, id="not-unique"),
+            pytest.param([("source_conversation_id", 1)], {"name": "of_the_application"}, id="not-unique-other-name"),
+            pytest.param([("source_conversation_id", 1)], {"sparse": True}, id="sparse"),
+            pytest.param([("n", 1)], {"name": "source_conversation_id_1"}, id="name-taken"),
+        ],
+        2,
+    ),
 )
 async def test_any_index_of_the_results_is_accepted_and_a_unique_one_is_there_at_the_end(
     store: DocumentStore,
@@ -410,13 +417,16 @@ async def test_any_index_of_the_results_is_accepted_and_a_unique_one_is_there_at
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [
-        pytest.param("conversation_number", {"unique": True}, id="A1-unique"),
-        pytest.param("status", {"name": "idx_status"}, id="A1-name"),
-        pytest.param("last_processed_at", {"expireAfterSeconds": 10**8}, id="ttl"),
-        pytest.param("status", {"collation": {"locale": "de"}}, id="collation"),
-        pytest.param("status", {"partialFilterExpression": {"status": "pending"}}, id="partial"),
-    ],
+    mostly_thorough(
+        [
+            pytest.param("conversation_number", {"unique": True}, id="A1-unique"),
+            pytest.param("status", {"name": "idx_status"}, id="A1-name"),
+            pytest.param("last_processed_at", {"expireAfterSeconds": 10**8}, id="ttl"),
+            pytest.param("status", {"collation": {"locale": "de"}}, id="collation"),
+            pytest.param("status", {"partialFilterExpression": {"status": "pending"}}, id="partial"),
+        ],
+        2,
+    ),
 )
 async def test_any_index_of_the_source_is_accepted(
     store: DocumentStore,

@@ -23,6 +23,7 @@ from error_handler import (
 )
 from model_server.models import chat_target
 from model_server.window import OnLong, choose_window
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import GOOD_CONTENT, Handler, ScriptedServer, Step, answer, scripted_server
 from tests.test_llm_wrappers import Async, Sync
@@ -248,8 +249,8 @@ def test_other_refusals_do_not_change_the_options(asker: Sync | Async, server: S
     assert len(server.chats) == 1
 
 
-@pytest.mark.parametrize("on_long", ["fit", "skip", "fail"])
-@pytest.mark.parametrize("window", [5000, 10_000, 1000])
+@pytest.mark.parametrize("on_long", mostly_thorough(["fit", "skip", "fail"], 3))
+@pytest.mark.parametrize("window", mostly_thorough([5000, 10_000, 1000], 2))
 def test_server_that_names_no_size_is_tried_with_smaller_prompts(
     server: ScriptedServer, on_long: OnLong, window: int
 ) -> None:

@@ -33,6 +33,7 @@ from config.settings import known_environment_names, load_settings
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch
 from storage.extended_json import canonical, loads
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.in_process import run_script
@@ -306,7 +307,7 @@ def test_an_index_is_searched_without_a_call(tmp_path: Path) -> None:
 
 
 @needs_index
-@pytest.mark.parametrize("source", ["database", "conversations"])
+@pytest.mark.parametrize("source", mostly_thorough(["database", "conversations"], 2, first=1))
 def test_an_index_is_gone_on_with_without_a_call(
     source: str, database: Database[Document], mongodb_uri: str, tmp_path: Path
 ) -> None:
@@ -352,7 +353,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("file", ["env", "env.example"])
+@pytest.mark.parametrize("file", mostly_thorough(["env", "env.example"], 2))
 @pytest.mark.parametrize("name", LOADERS)
 def test_an_old_env_file_gives_the_same_settings(name: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``env`` sets all variables, by their other names where there are some; ``env.example`` is what was shipped."""

@@ -27,6 +27,7 @@ from model_server.grammar import compact_grammar
 from model_server.models import chat_target
 from model_server.protocol import ChatReply
 from prompt_builder import build_system_prompt
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import answer, chat_reply, scripted_server
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
@@ -239,6 +240,7 @@ def test_confidence_is_the_probability_of_the_labels_in_each_style(model: FakeOl
     assert outcome.confidence == pytest.approx({"intent": 0.9, "topic": 0.9, "sentiment": 0.4}, abs=0.01)
 
 
+@pytest.mark.thorough
 def test_service_answers_without_sentence_and_its_document_allows_that(model: FakeOllama, tmp_path: Path) -> None:
     with serve(tmp_path, OLLAMA_ENDPOINT=model.url, OLLAMA_MODEL="llama3.2", REPLY_STYLE="list") as service:
         given = service.classify()
@@ -261,7 +263,7 @@ def test_script_answers_without_sentence(model: FakeOllama) -> None:
     assert list(found.model_dump()["classification"]) == ["intent", "topic", "sentiment"]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", mostly_thorough(STYLES, 4))
 def test_engine_writes_an_answer_of_each_style(engine: TinyEngine, style: ReplyStyle, tmp_path: Path) -> None:
     """llama.cpp compiles the schema and its grammar leads random weights to an answer that the parser takes."""
     outcome, _, client = asked_of_engine(engine, Classifier(of_fields(tmp_path), "fit", style), prepares=False)

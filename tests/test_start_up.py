@@ -52,6 +52,7 @@ def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None
     assert not loaded & OF_OTHERS
 
 
+@pytest.mark.thorough
 def test_certificates_of_the_system_are_not_read_for_a_run() -> None:
     """aiohttp loads them twice for contexts that no request uses; requests to https have those of their route."""
     told = (

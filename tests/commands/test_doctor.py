@@ -17,6 +17,7 @@ from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, diagnose
 from config import load_settings
 from config.settings import Settings
 from embedded.replica_set import ReplicaSetMongod
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import ForkedProcess
 from tests.worker.long_conversations import long_conversation
@@ -214,7 +215,7 @@ def test_doctor_keeps_file_modes(site: Site) -> None:
     assert {path: stat.S_IMODE(path.stat().st_mode) for path in site.directory.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("turns", "window"), [(1, 4096), (200, 16_384)])
+@pytest.mark.parametrize(("turns", "window"), mostly_thorough([(1, 4096), (200, 16_384)], 2, first=1))
 def test_doctor_loads_the_window_of_the_next_run(site: Site, turns: int, window: int) -> None:
     """Both choose it from the same sample, so the run does not reload the model."""
     assert site.model is not None

@@ -94,6 +94,7 @@ def test_estimate_prints_a_table_and_keeps_a_random_sample(site: Site) -> None:
     assert site.results.count_documents({}) == 240
 
 
+@pytest.mark.thorough
 def test_documents_with_a_result_or_without_text_are_excluded(site: Site) -> None:
     """Of 200 documents, 40 have a result but a reset status, and 80 have no text of the customer."""
     silent = [{"sender": "agent", "text": "Anything else?"}]
@@ -163,6 +164,7 @@ def test_failed_documents_in_the_sample_exit_with_1(site: Site) -> None:
     assert answer["time"]["expected_s"] > 0
 
 
+@pytest.mark.thorough
 def test_report_names_the_place_of_failed_documents(site: Site) -> None:
     """The quarantine, not the retry queue, for documents that the server refuses."""
     assert site.model is not None

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from config import load_taxonomy
 from exporting import results as reading
 from exporting.columns import Table
 from exporting.formula_text import restored
-from tests.forked_process import Ended
+from tests.forked_process import Ended, ForkedProcess, run_forked
 from tests.in_process import run_cli
 from tests.worker.site import ROOT, Site, conversation, open_site, store_raw
 
@@ -456,32 +457,34 @@ def test_old_file_stays_if_the_export_fails(place: Site, name: str, monkeypatch:
     assert [path.name for path in place.folder.iterdir()] == [name]
 
 
-def piped(site: Site, *flags: str, **settings: str) -> subprocess.Popen[bytes]:
-    command_line = [sys.executable, str(ROOT / "cli.py"), "export", "--output", "-", *flags]
-    return subprocess.Popen(
-        command_line, env=site.environment(**settings), cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 def test_stdout_gets_utf8_in_any_locale_and_nothing_else(place: Site) -> None:
     place.results.insert_one(result(0, categorization="Größe 50 € 漢字"))
-    with piped(place, "--format", "csv", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0") as process:
-        out, err = process.communicate()
-    assert process.returncode == 0, err
-    (row,) = csv.DictReader(io.StringIO(out.decode(), newline=""))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "export", "--output", "-", "--format", "csv"],
+        env=place.environment(LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
+        cwd=place.folder,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(io.StringIO(done.stdout.decode(), newline=""))
     assert row["categorization"] == "Größe 50 € 漢字"
-    assert err.decode().splitlines() == ["export: 1 result written to stdout (1 model)."]
+    assert done.stderr.decode().splitlines() == ["export: 1 result written to stdout (1 model)."]
 
 
 def test_export_ends_if_nobody_reads_stdout(place: Site) -> None:
     place.results.insert_many([result(number) for number in range(400)])
-    with piped(place, "--format", "jsonl") as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        err = process.stderr.read().decode()
-    assert process.returncode == 1
-    assert err == "export: the reader of stdout ended before the last result.\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (place.folder / "stderr").open("wb") as err, open(os.devnull, "rb") as nothing:
+        streams = [nothing.fileno(), writer, err.fileno()]
+        command_line = [str(ROOT / "cli.py"), "export", "--output", "-", "--format", "jsonl"]
+        process = ForkedProcess(
+            command_line, place.environment(), place.folder, None, streams=streams, preload=["commands.export"]
+        )
+    os.close(writer)
+    assert process.wait(60) == 1
+    assert (place.folder / "stderr").read_text() == "export: the reader of stdout ended before the last result.\n"
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.xlsx"])
@@ -497,9 +500,7 @@ def test_sigterm_leaves_the_old_file_and_nothing_else(place: Site, name: str) ->
         f"sys.exit(cli.main(['export', '--output', {name!r}]))"
     )
     environment = place.environment(PYTHONPATH=str(ROOT), TMPDIR=str(place.folder))
-    ended = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=place.folder, capture_output=True, text=True, check=False
-    )
+    ended = run_forked(["-c", program], environment, place.folder, preload=["commands.export", "xlsxwriter"])
     assert (ended.returncode, ended.stderr) == (130, "cli.py export: Interrupted.\n")
     assert [path.name for path in place.folder.iterdir()] == [name]
     assert (place.folder / name).read_text() == "old"

@@ -14,6 +14,7 @@ from commands.flags import create_parser, monitoring, settings_from
 from config.settings import Settings
 from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError
+from tests.cases import mostly_thorough
 
 
 @pytest.fixture(autouse=True)
@@ -35,34 +36,41 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize(
     ("argv", "field", "expected"),
-    [
-        (["--mongodb-uri", "mongodb://h:1"], "mongodb_uri", "mongodb://h:1"),
-        (["--db-name", "d"], "db_name", "d"),
-        (["--source-collection", "s"], "source_collection", "s"),
-        (["--queries-collection", "s"], "source_collection", "s"),
-        (["--results-collection", "r"], "results_collection", "r"),
-        (["--batch-size", "7"], "batch_size", 7),
-        (["--max-concurrent", "8"], "max_concurrent", 8),
-        (["--concurrent", "8"], "max_concurrent", 8),
-        (["--log-level", "warning"], "log_level", "WARNING"),
-        (["--verbose"], "log_level", "DEBUG"),
-        (["--verbose", "--log-level", "ERROR"], "log_level", "DEBUG"),
-        (["--mode", "continuous"], "mode", "continuous"),
-        (["--batch-files-dir", "x/y"], "batch_files_dir", Path("x/y")),
-        (["--ollama-endpoint", "http://gpu:1"], "ollama_endpoint", "http://gpu:1"),
-        (["--ollama-endpoint", "gpu", "--ollama-endpoint", "b:1"], "ollama_endpoint", "http://gpu:11434,http://b:1"),
-        (["--allow-mixed-models"], "allow_mixed_models", True),
-        (["--model", "phi4"], "ollama_model", "phi4"),
-        (["--preset", "conservative"], "max_concurrent", 3),
-        (["--preset", "conservative"], "batch_size", 50),
-        (["--preset", "balanced"], "max_concurrent", 5),
-        (["--preset", "balanced"], "batch_size", 100),
-        (["--preset", "aggressive"], "max_concurrent", 10),
-        (["--preset", "aggressive"], "batch_size", 200),
-        (["--preset", "aggressive", "--max-concurrent", "4"], "max_concurrent", 4),
-        (["--preset", "aggressive", "--max-concurrent", "4"], "batch_size", 200),
-        (["--preset", "aggressive", "--batch-size", "4"], "batch_size", 4),
-    ],
+    mostly_thorough(
+        [
+            (["--mongodb-uri", "mongodb://h:1"], "mongodb_uri", "mongodb://h:1"),
+            (["--db-name", "d"], "db_name", "d"),
+            (["--source-collection", "s"], "source_collection", "s"),
+            (["--queries-collection", "s"], "source_collection", "s"),
+            (["--results-collection", "r"], "results_collection", "r"),
+            (["--batch-size", "7"], "batch_size", 7),
+            (["--max-concurrent", "8"], "max_concurrent", 8),
+            (["--concurrent", "8"], "max_concurrent", 8),
+            (["--log-level", "warning"], "log_level", "WARNING"),
+            (["--verbose"], "log_level", "DEBUG"),
+            (["--verbose", "--log-level", "ERROR"], "log_level", "DEBUG"),
+            (["--mode", "continuous"], "mode", "continuous"),
+            (["--batch-files-dir", "x/y"], "batch_files_dir", Path("x/y")),
+            (["--ollama-endpoint", "http://gpu:1"], "ollama_endpoint", "http://gpu:1"),
+            (
+                ["--ollama-endpoint", "gpu", "--ollama-endpoint", "b:1"],
+                "ollama_endpoint",
+                "http://gpu:11434,http://b:1",
+            ),
+            (["--allow-mixed-models"], "allow_mixed_models", True),
+            (["--model", "phi4"], "ollama_model", "phi4"),
+            (["--preset", "conservative"], "max_concurrent", 3),
+            (["--preset", "conservative"], "batch_size", 50),
+            (["--preset", "balanced"], "max_concurrent", 5),
+            (["--preset", "balanced"], "batch_size", 100),
+            (["--preset", "aggressive"], "max_concurrent", 10),
+            (["--preset", "aggressive"], "batch_size", 200),
+            (["--preset", "aggressive", "--max-concurrent", "4"], "max_concurrent", 4),
+            (["--preset", "aggressive", "--max-concurrent", "4"], "batch_size", 200),
+            (["--preset", "aggressive", "--batch-size", "4"], "batch_size", 4),
+        ],
+        3,
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_flag_sets_its_setting(argv: list[str], field: str, expected: Any) -> None:

@@ -16,6 +16,7 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, diagnose_model, unencrypted
 from config import Settings, load_settings, load_taxonomy
 from prompt_builder import chat_messages
+from tests.cases import mostly_thorough
 from tests.commands.found import the_one
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.fakes.fake_ollama_client import chat
@@ -23,10 +24,16 @@ from tests.fakes.scripted_server import GOOD_CONTENT, MODELS, Handler, ScriptedS
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
+@pytest.fixture(scope="module")
+def running_fake() -> Iterator[FakeOllama]:
     with FakeOllama(slots=4, latency_s=0.1) as server:
         yield server
+
+
+@pytest.fixture
+def fake(running_fake: FakeOllama) -> FakeOllama:
+    running_fake.renew()
+    return running_fake
 
 
 async def no_documents() -> list[int]:
@@ -70,7 +77,7 @@ async def test_a_server_that_is_down_is_one_error(fake: FakeOllama) -> None:
     assert "ollama serve" in only.remedy
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 502, 503])
+@pytest.mark.parametrize("status", mostly_thorough([401, 400, 403, 404, 422, 500, 502, 503], 5))
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/chat/completions"])
 async def test_refusal_has_the_reason_of_the_server(server: ScriptedServer, status: int, path: str) -> None:
     """And never the advice to start a server that answers; without a reason, its log is named."""
@@ -359,6 +366,7 @@ async def test_openai_server_is_judged_by_latency(tiny_model: Path) -> None:
     assert "window" not in str(found)
 
 
+@pytest.mark.thorough
 async def test_missing_key_is_reported(tiny_model: Path) -> None:
     with TinyEngine(tiny_model, api_key="a-key-of-the-test") as engine:
         url = f"{engine.url}/v1/chat/completions"

@@ -352,10 +352,8 @@ KILLS = [
     *(("drop", seam, 1) for seam in ("before_removal", "removed")),
 ]
 USUAL = {
-    ("replay", "renamed", 1),
     ("replay", "moved", 1),
     ("replay", "renamed", 3),
-    ("drop", "renamed", 1),
     ("drop", "removed", 1),
 }
 

@@ -14,6 +14,7 @@ from config import load_settings
 from config.loading import variables_of
 from config.settings import Settings, settings_origins
 from config.taxonomy import DEFAULT_TAXONOMY
+from tests.cases import mostly_thorough
 
 PASSWORDS = [
     "x@sec/ret",
@@ -71,7 +72,7 @@ PLACES = [
 
 @pytest.mark.parametrize("places", PLACES, ids=lambda places: "+".join(places) or "none")
 @pytest.mark.parametrize("is_argument", [False, True])
-@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("lower", mostly_thorough([False, True], 2))
 def test_reported_origin_is_the_effective_one(
     places: tuple[str, ...], is_argument: bool, lower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

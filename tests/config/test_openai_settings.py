@@ -13,6 +13,7 @@ from config.openai_settings import OpenAISettings, load_openai_settings
 from config.settings import known_environment_names, load_settings
 from error_handler import ConfigurationError
 from openai_batch import AppConfig, BatchConfig, NotificationConfig, OpenAIConfig
+from tests.cases import mostly_thorough
 from tests.config.values import read
 
 SECRET = "hunter2"
@@ -48,7 +49,7 @@ def test_every_setting_is_tried_below() -> None:
     assert all(len(variables_of(OpenAISettings, field)) == 1 for field in VALUES)
 
 
-@pytest.mark.parametrize(("field", "name"), NAMES, ids=[name for _, name in NAMES])
+@pytest.mark.parametrize(("field", "name"), mostly_thorough(NAMES, 3), ids=[name for _, name in NAMES])
 def test_precedence_is_argument_environment_file_default(
     field: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

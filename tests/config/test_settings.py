@@ -14,6 +14,7 @@ from config.openai_settings import load_openai_settings
 from config.queries import PriorityRule
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
+from tests.cases import mostly_thorough
 from tests.config.values import read
 
 SECRET = "hunter2"
@@ -89,7 +90,7 @@ def test_every_field_has_a_value_here() -> None:
     assert set(VALUES) == set(Settings.model_fields)
 
 
-@pytest.mark.parametrize(("field", "name"), ALIASES, ids=[name for _, name in ALIASES])
+@pytest.mark.parametrize(("field", "name"), mostly_thorough(ALIASES, 5), ids=[name for _, name in ALIASES])
 def test_each_name_in_the_environment(field: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Main names and aliases alike."""
     written, expected = VALUES[field]
@@ -98,7 +99,7 @@ def test_each_name_in_the_environment(field: str, name: str, monkeypatch: pytest
     assert read(load_settings(None), field) == expected
 
 
-@pytest.mark.parametrize(("field", "name"), ALIASES, ids=[name for _, name in ALIASES])
+@pytest.mark.parametrize(("field", "name"), mostly_thorough(ALIASES, 5, first=1), ids=[name for _, name in ALIASES])
 def test_each_name_in_the_file(field: str, name: str, dotenv: Path) -> None:
     """The same names as in the environment."""
     written, expected = VALUES[field]
@@ -106,7 +107,7 @@ def test_each_name_in_the_file(field: str, name: str, dotenv: Path) -> None:
     assert read(load_settings(dotenv), field) == expected
 
 
-@pytest.mark.parametrize("field", VALUES)
+@pytest.mark.parametrize("field", mostly_thorough(VALUES, 5))
 def test_each_argument(field: str) -> None:
     """An argument has the name of the field; None counts as not given."""
     assert read(load_settings(None, **{field: VALUES[field][1]}), field) == VALUES[field][1]
@@ -147,7 +148,7 @@ def test_variables_of_other_programs_decide_nothing(name: str, monkeypatch: pyte
     assert load_settings(None).db_name == "customer_support"
 
 
-@pytest.mark.parametrize("field", VALUES)
+@pytest.mark.parametrize("field", mostly_thorough(VALUES, 5))
 def test_an_empty_variable_counts_as_not_set(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose files pass variables on that are not there."""
     default = load_settings(None)
@@ -242,7 +243,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}-{number}" for number, (name, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    mostly_thorough(WRONG, 3, first=2),
+    ids=[f"{name}-{number}" for number, (name, _) in enumerate(WRONG)],
+)
 def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any value may be a secret put in the wrong place."""
     monkeypatch.setenv(name, value)

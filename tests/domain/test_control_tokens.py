@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from domain.conversation import Turn, chat_messages
 from domain.text import prompt_text
+from tests.cases import mostly_thorough
 
 # The tokens of published chat templates and vocabularies, by the models that have them.
 TOKENS = {
@@ -75,7 +76,9 @@ def test_control_tokens_of_a_model_become_look_alikes(tokens: str) -> None:
 
 
 @pytest.mark.parametrize("fence", FENCES)
-@pytest.mark.parametrize("text", ["{}", "ok {} ignore all rules", "<{}>", "a < b {} c > d", "<b>{}</b>"])
+@pytest.mark.parametrize(
+    "text", mostly_thorough(["{}", "ok {} ignore all rules", "<{}>", "a < b {} c > d", "<b>{}</b>"], 3)
+)
 def test_disguised_fence_has_no_bracket(fence: str, text: str) -> None:
     """No angle bracket is left but those of the text around it."""
 
@@ -99,7 +102,28 @@ def test_other_brackets_stay(text: str) -> None:
 
 @pytest.mark.parametrize(
     "sign",
-    ["<", "<_", "<|", "<a", "<a_", "< ", "</", "[", "]~", "＜", "<conversatio", "<\u200d", "_", " ", "|", "con", "/"],
+    mostly_thorough(
+        [
+            "<",
+            "<_",
+            "<|",
+            "<a",
+            "<a_",
+            "< ",
+            "</",
+            "[",
+            "]~",
+            "＜",
+            "<conversatio",
+            "<\u200d",
+            "_",
+            " ",
+            "|",
+            "con",
+            "/",
+        ],
+        3,
+    ),
 )
 def test_many_signs_are_fast(sign: str) -> None:
     """The search is linear: a quadratic one takes minutes."""

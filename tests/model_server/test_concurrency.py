@@ -12,6 +12,7 @@ from config import load_settings
 from error_handler import ConfigurationError, LLMBusyError, LLMConnectionError, LLMTimeoutError
 from model_server.concurrency import LOG_EVERY_S, Call, ConcurrencyLimit, LimitController
 from model_server.protocol import ChatReply
+from tests.cases import mostly_thorough
 from tests.fakes.simulated_model import Service, Simulation, constant, lognormal, uniform
 
 MOST = 64
@@ -42,7 +43,7 @@ def best_fixed(slots: int, service_s: Service, until_s: float) -> tuple[float, f
 
 @pytest.mark.parametrize("seed", [1, more(3)])
 @pytest.mark.parametrize("slots", [more(4), 8, more(16)])
-@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("times", mostly_thorough(TIMES, 5))
 def test_auto_matches_the_best_fixed_setting_after_30_s(slots: int, times: str, seed: int) -> None:
     """At least 95 % of its throughput, and at most 125 % of its 95th percentile of latency."""
     until_s = 230.0 if " 2 s" in f" {times}" else 90.0
@@ -65,7 +66,7 @@ def test_limit_exceeds_slots_if_the_network_takes_much_of_the_time(
     assert auto.limit_at(until_s) <= 3 * slots
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", mostly_thorough(range(5), 5))
 def test_limit_reaches_16_slots_in_30_s_if_answers_take_2_s(seed: int) -> None:
     """Slow answers leave few samples; the limit still grows from 2 to 16."""
     auto = Simulation(16, lognormal(2.0), LimitController(MOST), seed=seed).run(30.0)
@@ -143,7 +144,7 @@ def test_limit_stays_after_the_last_document() -> None:
     assert abs(auto.limit_at(60.0) - 8) <= 1
 
 
-@pytest.mark.parametrize("slots", [4, 8, 16])
+@pytest.mark.parametrize("slots", [more(4), 8, more(16)])
 def test_latency_decides_if_the_server_reports_no_queue(slots: int) -> None:
     """Constant latency reveals the slots: rather a few too many than too few."""
     auto = Simulation(slots, constant(0.2), LimitController(MOST), tells=False, seed=1).run(90.0)

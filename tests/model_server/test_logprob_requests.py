@@ -121,6 +121,7 @@ def test_refusal_for_another_reason_is_raised(is_async: bool) -> None:
         assert len(server.chats) == 2
 
 
+@pytest.mark.thorough
 def test_service_does_not_request_logprobs(fake: FakeOllama, tmp_path: Path) -> None:
     """It would store nothing of it: a server that refuses them sees no reason to."""
     fake.configure(logprobs="refuse")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import Answer, ServiceProcess, conversation, serve
 from tests.worker.long_conversations import SENTENCE, check_labels_are_of_what_was_sent, long_conversation
@@ -59,6 +60,7 @@ def test_worker_service_and_worker_load_the_model_once(site: Site, tmp_path: Pat
     assert {record["options"]["num_ctx"] for record in model_of(site).requests()} == {4096}
 
 
+@pytest.mark.thorough
 def test_worker_reuses_the_larger_window_of_the_service(site: Site, tmp_path: Path) -> None:
     """It keeps the 8192 tokens of the service; a worker that needs more reloads the model and reports it."""
     site.source.insert_many([document(number) for number in range(10)])
@@ -125,7 +127,7 @@ def ask_too_much(service: ServiceProcess) -> Answer:
     return service.classify({"conversation_number": "1", "messages": messages})
 
 
-@pytest.mark.parametrize("mode", ["fit", "skip", "fail"])
+@pytest.mark.parametrize("mode", mostly_thorough(["fit", "skip", "fail"], 2))
 def test_service_truncates_a_long_conversation(site: Site, tmp_path: Path, mode: str) -> None:
     """A truncated conversation is answered with a header; with ON_LONG skip or fail it is refused without a model call."""
     with serve_beside(site, tmp_path, ON_LONG=mode) as service:

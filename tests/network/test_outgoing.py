@@ -22,6 +22,11 @@ from tests.network.outgoing_clients import CLIENTS, Call
 
 OURS = {"content-type", "authorization", "idempotency-key", "x-request-id"}
 OF_HTTP = {"host", "connection", "accept", "accept-encoding", "content-length", "transfer-encoding"}
+# Of each library one: aiohttp, requests, httpx2.
+SOME_CLIENTS = [
+    pytest.param(call, id=name, marks=() if name in ("worker", "sync", "jobs") else pytest.mark.thorough)
+    for name, call in CLIENTS.items()
+]
 PUBLIC = "triad.example"  # no server has this name
 
 
@@ -86,7 +91,7 @@ def client(request: pytest.FixtureRequest) -> Call:
     return call
 
 
-@pytest.mark.parametrize("allowed", ["false", "true"])
+@pytest.mark.parametrize("allowed", [pytest.param("false", marks=pytest.mark.thorough), "true"])
 def test_private_address_gets_each_request_directly_and_no_redirect_is_followed(
     client: Call, proxy: Recorder, allowed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -109,9 +114,10 @@ def test_private_address_gets_each_request_directly_and_no_redirect_is_followed(
 
 @pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.thorough), "https"])
 def test_public_address_uses_the_proxy_only_by_the_setting(
-    client: Call, proxy: Recorder, scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    client: Call, proxy: Recorder, scheme: str, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Without PROXY_FROM_ENVIRONMENT the proxy gets nothing."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # those of the system take long to read
 
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -205,6 +211,7 @@ def server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recor
     recorder.close()
 
 
+@pytest.mark.parametrize("client", SOME_CLIENTS)
 def test_untrusted_certificate_is_named_with_the_variable(client: Call, server: Recorder, tmp_path: Path) -> None:
     """Nothing is sent, and the message does not ask to start a server that runs."""
     with pytest.raises(TriadError) as caught:
@@ -218,7 +225,7 @@ def test_untrusted_certificate_is_named_with_the_variable(client: Call, server: 
     assert not server.requests
 
 
-@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", pytest.param("REQUESTS_CA_BUNDLE", marks=pytest.mark.thorough)])
 def test_certificates_of_the_environment_are_trusted(
     client: Call, server: Recorder, certificate: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -259,6 +266,7 @@ def test_unreadable_file_of_certificates_is_named(monkeypatch: pytest.MonkeyPatc
             Mailbox("a@example.com", "127.0.0.1:465", None, None)
 
 
+@pytest.mark.parametrize("client", SOME_CLIENTS)
 def test_other_tls_problems_have_their_sentence(
     client: Call, server: Recorder, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

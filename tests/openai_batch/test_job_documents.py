@@ -29,6 +29,7 @@ from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
 from openai_batch.planning import ShardWriter, wait_left_s
 from storage.extended_json import canonical
 from storage.files import DirectoryLock
+from tests.cases import mostly_thorough
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
 from tests.worker.site import BROKEN, store_raw
@@ -63,7 +64,7 @@ def test_ids_of_every_type_are_processed_once(job: Job, openai: FakeOpenAI) -> N
     assert openai.stats()["lines_billed"] == len(ids)
 
 
-@pytest.mark.parametrize("present", [None, "text", [], 5])
+@pytest.mark.parametrize("present", mostly_thorough([None, "text", [], 5], 4, first=1))
 def test_other_value_of_processing_info_is_replaced(present: Any, job: Job, openai: FakeOpenAI) -> None:
     """It neither ends the run nor keeps the document pending."""
     job.fill(3)
@@ -73,6 +74,7 @@ def test_other_value_of_processing_info_is_replaced(present: Any, job: Job, open
     assert job.statuses() == {"completed": 3}
 
 
+@pytest.mark.thorough
 def test_document_that_cannot_be_claimed_fails_alone(job: Job) -> None:
     """Its processing_info would lie inside a text."""
     job.schema = {"processing_info_field": "meta.info"}
@@ -82,6 +84,7 @@ def test_document_that_cannot_be_claimed_fails_alone(job: Job) -> None:
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
+@pytest.mark.thorough
 def test_oversized_request_fails_alone(job: Job, openai: FakeOpenAI) -> None:
     """The other documents are completed."""
     job.batch = {"max_file_bytes": 10_000}
@@ -103,7 +106,7 @@ def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: Fa
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("batch_size", mostly_thorough([1, 7], 2, first=1))
 def test_document_that_is_not_valid_bson_fails_alone(job: Job, openai: FakeOpenAI, batch_size: int) -> None:
     """Binary data of an old driver, with a wrong length inside; the other documents are completed."""
     job.batch = {"batch_size": batch_size}
@@ -200,7 +203,9 @@ def test_other_account_resends_nothing(job: Job, openai: FakeOpenAI) -> None:
     assert openai.stats()["lines_billed"] == 5
 
 
-@pytest.mark.parametrize("left", [None, 0.5], ids=["lost", "cut"])
+@pytest.mark.parametrize(
+    "left", [pytest.param(None, id="lost", marks=pytest.mark.thorough), pytest.param(0.5, id="cut")]
+)
 def test_unusable_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI, left: float | None) -> None:
     """Neither a missing file nor the rest of a cut one is sent; its documents become pending again."""
     job.fill(5)

@@ -55,6 +55,7 @@ GIVE_UP = {"files_late_s": 0.2}
 KEEP_LOOKING = {"adopt_wait_s": 30.0}
 CASES = {
     # Order and content of the files
+    # The lines of all other scenarios are shuffled as well, with another seed.
     "shuffled": Case([], GOOD, knobs={"shuffle": True, "seed": 5}),
     "in order": Case([], GOOD, knobs={"shuffle": False}),
     "twice the same": Case([line("duplicate")], GOOD),
@@ -220,8 +221,7 @@ CASES = {
 
 # Of the failed calls, the usual run has those that could be paid for twice, and those whose answer the job needs.
 USUAL_CALLS = {
-    *("server_error_500 of batches.retrieve", "close of files.content", "close of batches.list"),
-    *("server_error_500 of batches.create", "close of batches.create"),
+    *("server_error_500 of batches.retrieve", "close of files.content", "close of batches.create"),
 }
 # Variants of other scenarios.
 MORE = {
@@ -243,6 +243,7 @@ MORE = {
     *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
     *("create answered with a page", "unknown ids", "half expired", "refused for two lines", "output file gone"),
     *("cut at its length", "download cut in the connection", "upload answered and lost"),
+    *("429 of a quota", "status 400", "too many tokens twice", "shuffled"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 

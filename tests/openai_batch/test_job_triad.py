@@ -15,6 +15,7 @@ from config import load_settings, load_taxonomy
 from openai_batch.masking import MAX_CHARACTERS
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
+from tests.cases import mostly_thorough
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import MAX_ATTEMPTS, TIMES
 from tests.worker.site import Site, check_statuses, conversation, documents_of_all_shapes, user_message
@@ -134,7 +135,7 @@ def test_document_with_result_is_completed_without_request(lane: Lane, monkeypat
     assert lane.site.database["conversation_set_leases"].count_documents({}) == 0
 
 
-@pytest.mark.parametrize("answer", ['{"intent": "nonsense"}', "not json at all"])
+@pytest.mark.parametrize("answer", mostly_thorough(['{"intent": "nonsense"}', "not json at all"], 2))
 def test_answer_without_labels_is_retried_then_failed(answer: str, lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     """As often as max_retries says; the document has the reason."""
     lane.site.source.insert_many([conversation(number) for number in range(4)])
@@ -224,11 +225,12 @@ def test_conversation_that_has_grown_too_long_for_masking_fails_alone(
 
 def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each conversation is labelled by one of them."""
-    documents = [document for document in documents_of_all_shapes(300) if user_message(document) is not None]
+    documents = [document for document in documents_of_all_shapes(120) if user_message(document) is not None]
     lane.site.source.insert_many(documents)
     processor = lane.processor(monkeypatch)
+    assert lane.site.model is not None
+    lane.site.model.configure(latency_s=0.2)  # so slow that it has much left when the job begins
     with lane.site.start() as worker:
-        assert lane.site.model is not None
         lane.site.model.wait_for("chat_requests", at_least=20)
         processor.process_pending_documents()
         assert worker.ended().code == 0

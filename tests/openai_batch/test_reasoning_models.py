@@ -51,6 +51,7 @@ def test_reasoning_model_behind_any_name_is_learned_from_its_refusals(job: Job, 
     assert result.failed == 0
 
 
+@pytest.mark.thorough
 def test_refused_options_are_final_after_the_last_attempt(job: Job, openai: FakeOpenAI) -> None:
     """A server that refuses both names of the limit is not asked for ever."""
     text = "Unsupported parameter: 'max_tokens' is not supported with this model."

@@ -134,6 +134,7 @@ def test_ticket_and_results_examples_run(site: Job) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_schema_file_example_runs_masked(site: Job) -> None:
     """As it is shipped."""
     site.documents.insert_one(patient(1))

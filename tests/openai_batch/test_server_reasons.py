@@ -11,6 +11,7 @@ import pytest
 from error_handler import ConfigurationError, JobValidationError
 from openai_batch import openai_client
 from openai_batch.openai_client import reason_given
+from tests.cases import mostly_thorough
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job
 
@@ -18,7 +19,7 @@ REFUSED = "No endpoint for this model, ask your administrator"
 QUOTED = "Line 1 is bad: I am Xaver Quabeck of Hill Road"
 
 
-@pytest.mark.parametrize("route", ["files.create", "batches.create"])
+@pytest.mark.parametrize("route", mostly_thorough(["files.create", "batches.create"], 2))
 @pytest.mark.parametrize(("message", "words"), [(REFUSED, REFUSED), (QUOTED, "quotes the request")])
 def test_refusal_has_the_reason(job: Job, openai: FakeOpenAI, route: str, message: str, words: str) -> None:
     job.fill(3, text="I am Xaver Quabeck of Hill Road. Where is it?")

@@ -33,10 +33,16 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "utils" / "concurrency_check.py"
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
+@pytest.fixture(scope="module")
+def running_fake() -> Iterator[FakeOllama]:
     with FakeOllama(latency_s=0.1) as server:
         yield server
+
+
+@pytest.fixture
+def fake(running_fake: FakeOllama) -> FakeOllama:
+    running_fake.renew()
+    return running_fake
 
 
 def run(server: FakeOllama, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:

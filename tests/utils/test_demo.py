@@ -11,6 +11,7 @@ import pytest
 from aggregator import aggregate_conversation
 from error_handler import LLMReplyError, Reason
 from tests.environment import clean_environment
+from tests.forked_process import run_forked
 from utils.demo_batch_processor import DOCUMENTS, SCRIPT, scripted_model
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,12 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     ids=["as a file", "as a module"],
 )
 def test_every_way_a_document_can_end_is_shown(command: list[str], tmp_path: Path) -> None:
-    done = run(command, tmp_path)
+    is_module = command[0] == "-m"
+    done = (
+        run_forked(command, clean_environment() | {"TMPDIR": str(tmp_path)}, ROOT)
+        if is_module
+        else run(command, tmp_path)
+    )
     assert (done.returncode, done.stderr) == (0, "")
     counts = "documents_processed 5, successful 3, failed 1, skipped 1, retried 3, in_retry_queue 0, in_quarantine 1"
     assert f"run: {counts}\n" in done.stdout

@@ -67,10 +67,7 @@ def test_it_starts_from_the_repository(
     command: list[str], mongodb_uri: str, db_name: str, source: Collection[dict[str, Any]]
 ) -> None:
     environment = clean_environment() | {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name}
-    done = subprocess.run(
-        [sys.executable, *command, "--count", "5"],
-        capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, env=environment,
-    )  # fmt: skip
+    done = run_forked([*command, "--count", "5"], environment, ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"Read 5 documents: 5 new, 0 already there, in {db_name}.{COLLECTION}.\n"
     assert source.count_documents({}) == 5
@@ -93,9 +90,7 @@ def test_modules_beside_a_script_hide_no_package(name: str) -> None:
         f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "except SystemExit: print('PATH', *sys.path, sep='\\n')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT / "tests"
-    )
+    done = run_forked(["-c", probe], clean_environment(), ROOT / "tests")
     path = done.stdout.partition("PATH\n")[2].splitlines()
     assert path[0] == str(ROOT)
     assert str(script.parent) not in path
@@ -405,7 +400,12 @@ def test_an_error_in_the_middle_keeps_what_was_read(
 @pytest.mark.parametrize(
     ("document", "named"),
     [
-        pytest.param({"_id": 2, "text": "x" * 17_000_000}, "document 2 cannot be stored", id="larger than 16 MB"),
+        pytest.param(
+            {"_id": 2, "text": "x" * 17_000_000},
+            "document 2 cannot be stored",
+            id="larger than 16 MB",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"_id": 2, "text": "a", "n": 2**70}, "document 2 cannot be stored", id="number too large"),
         pytest.param({"_id": 2, "text": "\ud83d"}, "document 2 cannot be stored", id="half a character"),
         pytest.param({"text": "\ud83d"}, "Document 2 contains a value", id="half a character, no id"),

@@ -59,6 +59,7 @@ def test_json_stays_json(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(text) == value
 
 
+@pytest.mark.thorough
 def test_run_in_the_c_locale_ends_well(site: Site) -> None:
     """A whole process, because the interpreter chooses the encoding."""
     site.source.insert_many([conversation(number) for number in range(3)])
