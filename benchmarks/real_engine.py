@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,14 +50,14 @@ class RecordingClient(LLMClient):
 
 @contextlib.contextmanager
 def open_client(slots: int) -> Iterator[RecordingClient]:
-    """Yield a client of a new engine with one thread and *slots*, each of which keeps one prompt in its prefix cache.
+    """Yield a client of a new engine with all processors and *slots*, each of which keeps one prompt in its prefix cache.
 
     Raises:
         WorkerFailedError: The model is not installed.
     """
     if (model := model_path()) is None:
         raise WorkerFailedError(MISSING)
-    with trained_engine(model, CONTEXT_TOKENS, slots) as engine, open_session() as session:
+    with trained_engine(model, CONTEXT_TOKENS, slots, os.cpu_count() or 1) as engine, open_session() as session:
         settings = load_settings(
             None, llm_api_url=f"{engine.url}/v1/chat/completions", llm_model=NAME, llm_timeout_s=1200
         )

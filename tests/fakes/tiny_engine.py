@@ -226,6 +226,7 @@ class TinyEngine:
         name: What the engine calls its model.
         port: Port on the loopback address; 0 lets the engine take a free one.
         api_key: Key that requests must bear (``Authorization: Bearer``); None asks for none.
+        threads: How many work on a request. Tests take one, because they run beside each other.
 
     ``url`` (``http://127.0.0.1:PORT``), ``port`` and ``pid`` are those of the last start. ``exit_code`` is None until
     the engine has been stopped, then 0, or less than 0 where a signal ended it.
@@ -240,10 +241,11 @@ class TinyEngine:
         name: str = MODEL_NAME,
         port: int = 0,
         api_key: str | None = None,
+        threads: int = 1,
     ) -> None:
         self._arguments = [
             *("--model", str(model_path), "--slots", str(slots), "--context-tokens", str(context_tokens)),
-            *("--port", str(port), "--name", name),
+            *("--port", str(port), "--name", name, "--threads", str(threads)),
             *(("--api-key", api_key) if api_key is not None else ()),
         ]
         self._log: IO[bytes] | None = None
@@ -316,8 +318,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     params.model_alias = {arguments.name}
     params.n_parallel = arguments.slots
     params.n_ctx = arguments.slots * arguments.context_tokens  # the engine divides it among its slots
-    params.cpuparams.n_threads = 1
-    params.cpuparams_batch.n_threads = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
     params.port = arguments.port
     params.endpoint_metrics = True
     params.fit_params = False
@@ -341,6 +342,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--context-tokens", type=int, default=CONTEXT_LENGTH, help="context of each slot")
     parser.add_argument("--name", default=MODEL_NAME, help="what the model is called")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a request")
     parser.add_argument("--api-key", help="key that requests must bear")
     return parser.parse_args(argv)
 

@@ -45,9 +45,9 @@ def model_path() -> Path | None:
     return model
 
 
-def trained_engine(model: Path, context_tokens: int, slots: int = 1) -> TinyEngine:
+def trained_engine(model: Path, context_tokens: int, slots: int = 1, threads: int = 1) -> TinyEngine:
     """Return an engine with *model*; each slot has *context_tokens* for a prompt and its answer."""
-    return TinyEngine(model, slots=slots, context_tokens=context_tokens, name=NAME)
+    return TinyEngine(model, slots=slots, context_tokens=context_tokens, name=NAME, threads=threads)
 
 
 def prompt_tokens(engine: TinyEngine, messages: Sequence[dict[str, str]]) -> list[int]:
