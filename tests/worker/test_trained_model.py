@@ -1,8 +1,7 @@
 """Worker, service and synchronous wrapper with a model that was trained: SmolLM2 on llama.cpp.
 
 Reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process with another engine.
-So all tests that need answers are marked thorough. The usual run of a worker on llama.cpp is that of a model with random weights
-(test_fields_in_a_run.py).
+So one test has everything that needs answers and is not marked thorough.
 """
 
 from __future__ import annotations
@@ -99,7 +98,6 @@ def require_labels(result: dict[str, Any], taxonomy: Taxonomy) -> None:
     assert 15 < seen["reply_tokens"] < 400
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_worker_and_service_label_a_conversation(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
