@@ -24,7 +24,6 @@ LEAST_GOLD = 30  # labels of the control sample; with fewer, the intervals are W
 SIGNIFICANT = 0.05
 EXAMPLES = 20
 MOST_CROSSED = 3  # heat maps
-GOLD_PACKAGES = ("numpy", "scipy")  # of evaluation.shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ async def field_report(analytics: LabelAnalytics, name: str, by: Period, view: S
     problem = ""
     if n_gold and n_gold < LEAST_GOLD:
         problem = f"the control sample has only {n_gold} of the {LEAST_GOLD} labels that a correction needs"
-    elif n_gold and any(importlib.util.find_spec(package) is None for package in GOLD_PACKAGES):
+    elif n_gold and importlib.util.find_spec("numpy") is None:  # evaluation.shares needs it
         problem = "the packages of requirements-evaluation.txt are not installed"
     if problem:
         notes.append(f"The shares of {name} are not corrected by gold labels: {problem}.")

@@ -95,7 +95,7 @@ def test_period_is_in_the_time_zone_and_a_date_includes_its_day(place: Site, dat
     assert report(place, "--since", "2026-09-01T21:59+00:00").out.startswith("1 result of")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="requirements-evaluation.txt is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="requirements-evaluation.txt is not installed")
 def test_control_sample_corrects_the_shares(place: Site, database: Place) -> None:
     """The model says Negative for all; people say Positive for half of a random sample."""
     results = [result(LABELS) for _ in range(400)]
