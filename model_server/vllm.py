@@ -1,4 +1,4 @@
-"""What vLLM's server is sent for the reply style ``score``, and how its answers are read. No I/O.
+"""Builds the requests to vLLM for the reply style ``score``, and reads its answers. No I/O.
 
 Facts: vllm 0.33.0 (commit 4ba787ec9), vllm/entrypoints/serve/tokenize, vllm/entrypoints/openai/completion/protocol.py and
 serving.py, vllm/sampling_params.py. Never run against a vLLM. Servers before July 2026 (vllm-project/vllm#43463) ignore

@@ -42,7 +42,7 @@ class Audit:
 
     @property
     def room(self) -> float:
-        """How many more wrong labels the promise tolerates among those taken so far; below 0 if it is exceeded.
+        """The number of further wrong labels that the promise allows among those taken so far; below 0 if it is broken.
 
         The share of wrong labels is estimated from the sample of the certificate and the audits, with one disagreement more.
         """

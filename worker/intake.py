@@ -117,7 +117,7 @@ class DocumentIntake:
 
     @property
     def takes_new(self) -> bool:
-        """Whether documents without a result are taken."""
+        """True if the run takes documents without a result."""
         return self._options.only in (None, "new")
 
     async def recovered(self) -> AsyncGenerator[BatchInWork]:

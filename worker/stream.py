@@ -66,7 +66,7 @@ class StreamState:
 
     @property
     def has_room(self) -> bool:
-        """Whether more conversations may wait."""
+        """True if another conversation may join those that wait."""
         return len(self.waiting) <= MOST_WAITING
 
     def wait_for(self, document_id: Any) -> None:

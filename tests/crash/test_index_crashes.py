@@ -46,7 +46,7 @@ COPYING = [
     (f"{STORE}._publish:after", 1),
 ]
 
-# Where the process dies, and at which passage. FIRST is in each run of the tests, with a database.
+# A point at which the process dies, and the number of the passage. Only FIRST is in the usual suite, with a database.
 FIRST = (f"{PROVIDER}.embed:after", 3)
 MORE = [
     (f"{ENTRIES}.put:after", 1),

@@ -290,7 +290,7 @@ def test_too_long_conversation_is_that_of_a_chat(taxonomy: Taxonomy, classify: C
 
 
 class Stopping(Vllm):
-    """Aborts its first call, as a server that stops does with those in hand."""
+    """Aborts its first call, as a stopping server aborts the calls in flight."""
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.finish, first = "length", self.finish

@@ -1,4 +1,4 @@
-"""What each start of a service does and a fork of a process that has imported this need not do again."""
+"""Does the slow parts of a service start once, so that forks of this process inherit them."""
 
 from __future__ import annotations
 

@@ -25,17 +25,22 @@ sentiments: [Positive, Neutral, Negative]
 """
 
 
-def test_run_stores_labels_with_confidence_and_knows_them_again(site: Site, engine: TinyEngine, tmp_path: Path) -> None:
+def asks(site: Site, url: str, model: str, tmp_path: Path) -> None:
+    """Let the runs of *site* ask the *model* at *url* for scores, two conversations at a time."""
     path = tmp_path / "labels.yaml"
     path.write_text(TAXONOMY, encoding="utf-8")
     site.model = None
     site.settings |= {
-        "LLM_API_URL": f"{engine.url}/v1/chat/completions",
-        "LLM_MODEL": MODEL_NAME,
+        "LLM_API_URL": f"{url}/v1/chat/completions",
+        "LLM_MODEL": model,
         "TAXONOMY_FILE": str(path),
         "REPLY_STYLE": "score",
         "MAX_CONCURRENT": "2",
     }
+
+
+def test_run_stores_labels_with_confidence_and_knows_them_again(site: Site, engine: TinyEngine, tmp_path: Path) -> None:
+    asks(site, engine.url, MODEL_NAME, tmp_path)
     filled(site, 4)
     ended = site.run()
     assert ended.code == 0, ended.err
@@ -64,19 +69,6 @@ WEIGHTS = {
 }
 
 
-def asks(site: Site, server: ScriptedServer, tmp_path: Path) -> None:
-    path = tmp_path / "labels.yaml"
-    path.write_text(TAXONOMY, encoding="utf-8")
-    site.model = None
-    site.settings |= {
-        "LLM_API_URL": f"{server.url}/v1/chat/completions",
-        "LLM_MODEL": MODEL,
-        "TAXONOMY_FILE": str(path),
-        "REPLY_STYLE": "score",
-        "MAX_CONCURRENT": "2",
-    }
-
-
 def prompts(server: ScriptedServer) -> Counter[str]:
     """Return how often each conversation was asked about."""
     bodies = [json.loads(request.body) for request in server.requests if request.path == "/tokenize"]
@@ -95,7 +87,7 @@ def check_results(site: Site) -> None:
 
 def test_run_with_vllm_stores_labels_with_confidence(site: Site, tmp_path: Path) -> None:
     with fake_vllm(Vllm(WEIGHTS)) as server:
-        asks(site, server, tmp_path)
+        asks(site, server.url, MODEL, tmp_path)
         filled(site, COUNT)
         ended = site.run()
         assert ended.code == 0, ended.err
@@ -112,7 +104,7 @@ def test_run_with_vllm_stores_labels_with_confidence(site: Site, tmp_path: Path)
 def test_run_with_an_older_vllm_gets_the_list(site: Site, tmp_path: Path) -> None:
     """It ignores the parameter. Nothing fails for it, and each conversation has one answer."""
     with fake_vllm(Vllm(WEIGHTS, ids="ignored")) as server:
-        asks(site, server, tmp_path)
+        asks(site, server.url, MODEL, tmp_path)
         filled(site, COUNT)
         ended = site.run()
         assert ended.code == 0, ended.err
@@ -139,7 +131,7 @@ class Waiting(Vllm):
 
 def test_stopped_run_ends_its_conversations_and_asks_none_again(site: Site, tmp_path: Path) -> None:
     with fake_vllm(vllm := Waiting(WEIGHTS)) as server:
-        asks(site, server, tmp_path)
+        asks(site, server.url, MODEL, tmp_path)
         filled(site, COUNT)
         with site.start() as worker:
             server.wait_for_chats(7)
@@ -159,7 +151,7 @@ def test_stopped_run_ends_its_conversations_and_asks_none_again(site: Site, tmp_
 @pytest.mark.parametrize("seam", ["before_write", "answered"])
 def test_killed_run_keeps_the_labels_that_it_has(site: Site, tmp_path: Path, seam: str) -> None:
     with fake_vllm(Vllm(WEIGHTS)) as server:
-        asks(site, server, tmp_path)
+        asks(site, server.url, MODEL, tmp_path)
         filled(site, COUNT)
         killed = site.run(plan={"seam": seam, "passage": 1 if seam == "before_write" else 4})
         assert killed.code == -signal.SIGKILL, killed.err

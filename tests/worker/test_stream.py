@@ -152,7 +152,7 @@ async def test_changes_that_an_ended_run_had_read_are_read_again(there: Site) ->
 
 
 async def test_conversations_that_grew_during_a_stream_of_another_part_are_found(there: Site) -> None:
-    """That stream has read their changes, and did not keep them."""
+    """The other stream reads these changes and drops them."""
     there.source.insert_many([conversation(1, channel="chat"), conversation(2, channel="email")])
     async with following(there):
         await until(lambda: has_result(there, 2))
