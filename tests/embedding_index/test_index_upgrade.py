@@ -29,7 +29,8 @@ FOUND = {"table:t1", "table:t2", "table:t3", 'conversation:"q-1"', 'conversation
 @pytest.fixture
 def settings(tmp_path: Path) -> IndexSettings:
     with tarfile.open(FILES) as files:
-        files.extractall(tmp_path / "index", filter="data")
+        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have no filters
+        files.extractall(tmp_path / "index")
     return load_index_settings(None, index_dir=tmp_path / "index")
 
 
