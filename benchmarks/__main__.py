@@ -15,6 +15,8 @@ import sys
 import time
 from dataclasses import replace
 
+import psutil
+
 from benchmarks import (
     concurrency,
     counts,
@@ -77,12 +79,16 @@ def main() -> int:
     rows = []
     for name in arguments.measures or MEASURES:
         load, start = os.getloadavg()[0], time.monotonic()
+        psutil.cpu_times_percent()  # the next call gives the shares since this one
         try:
             rows += MEASURES[name](quick=arguments.quick)
         except WorkerFailedError as exc:
             print(f"benchmarks: {name}: {exc}", file=sys.stderr)
             return 2
-        print(f"{name}: {time.monotonic() - start:.0f} s, load average before {load:.2f}", file=sys.stderr)
+        # Of a virtual machine, the host's other guests take time, which lengthens latencies.
+        stolen = getattr(psutil.cpu_times_percent(), "steal", 0.0)
+        took = f"{name}: {time.monotonic() - start:.0f} s, load average before {load:.2f}"
+        print(f"{took}, {stolen:.1f} % of the processors' time taken by other guests", file=sys.stderr)
     print(f"Python {platform.python_version()}, {os.cpu_count()} processors, {platform.system()}\n")
     if arguments.quick:
         rows = [replace(row, met=None) for row in rows]
