@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bson import Int64
 
 from domain.text import one_line
 from error_handler import ConfigurationError
@@ -20,6 +23,7 @@ PAGE = 1000  # entries of one query
 ID_FIELDS = ("source_conversation_id", "_id", "id")
 NESTED = ("gold", "expected")  # objects that may hold the labels
 DELIMITERS = ",;\t"
+_WHOLE = re.compile(r"(-?\d{1,18})(?:\.0)?", re.ASCII)  # a whole number as an id is shown: the shell of MongoDB stores doubles
 
 # Returns the conversations with one of the ids or conversation numbers.
 Find = Callable[[list[Any], list[str]], Awaitable[list[Labelled]]]
@@ -110,7 +114,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Document]]:
 
 
 def possible_ids(value: Any) -> tuple[Any, ...]:
-    """Return the ids that *value* may mean: a text may be an ObjectId or a number, as ``id_text`` shows them.
+    """Return the ids that *value* may mean: a text may be an ObjectId or a number, and MongoDB has several types of numbers.
 
     It is empty if MongoDB cannot hold *value*.
     """
@@ -120,8 +124,10 @@ def possible_ids(value: Any) -> tuple[Any, ...]:
         ids.append(value)
         if isinstance(value, str) and len(value) == 24:
             ids.append(extended_json.loads(f'{{"$oid": "{value}"}}'))
-        elif isinstance(value, str) and value.isdecimal() and len(value) < 19:
-            ids.append(int(value))
+        elif isinstance(value, str) and (written := _WHOLE.fullmatch(value)):
+            value = int(written[1])
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1 and abs(value) < 2**53:
+            ids += [int(value), Int64(value), float(value)]
     return tuple(ids)
 
 
@@ -138,7 +144,7 @@ async def match(entries: Sequence[GoldEntry], find: Find) -> tuple[list[tuple[Go
         for labelled in found:
             by_number.setdefault(labelled.number, []).append(labelled)
         for entry in page:
-            hits = [by_key[key] for key in map(id_key, entry.ids) if key in by_key]
+            hits = [by_key[key] for key in set(map(id_key, entry.ids)) if key in by_key]
             if not entry.ids:
                 hits = by_number.get(entry.number, [])
             if len(hits) == 1:

@@ -83,8 +83,10 @@ class Collections:
         return [Labelled(one["_id"], _text(one.get("conversation_number")), {}) for one in found]
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _text(number: Any) -> str | None:
+    if isinstance(number, float) and number.is_integer():  # the shell of MongoDB stores doubles
+        number = int(number)
+    return None if number is None else str(number)
 
 
 def either(id_field: str, ids: list[Any], numbers: list[str]) -> Document:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bson import ObjectId
+from bson import Int64, ObjectId
 from pymongo.database import Database
 
 from aggregator import aggregate_conversation
@@ -137,11 +137,12 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
     lines = [
         *gold_lines(3),
         {"_id": 2, "sentiment": "Negative"},
-        {"_id": 30, "sentiment": "Negative"},
+        {"conversation_number": 30, "sentiment": "Negative"},
         {"_id": 999, "sentiment": "Negative"},
         {"conversation_number": 4, "sentiment": "Angry"},
         {"conversation_number": 5, "sentiment": "negative"},
     ]
+    judged.source.update_one({"_id": 30}, {"$set": {"conversation_number": 30.0}})
     gold = write_gold(judged, lines)
     ended = evaluate(judged, "--gold", gold)
     assert ended.code == 0, ended.said
@@ -152,7 +153,7 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
     assert ended.out.index("line 4: ") < ended.out.index("line 5: ") < ended.out.index("line 7: ")
     for line in (
         "line 4: repeated, same label: sentiment, as in line 3",
-        "line 5: no result yet: 30",
+        "line 5: no result yet: conversation 30",
         "line 6: unknown conversation: 999",
         "line 7: label outside the taxonomy: sentiment Angry",
     ):
@@ -161,14 +162,16 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
 
 
 def test_ids_of_all_types_match(place: Site) -> None:
-    """ObjectIds as Extended JSON and as text, numbers as text, and conversation numbers."""
+    """ObjectIds as Extended JSON and as text, numbers of each type as text, and conversation numbers."""
     key = ObjectId()
+    ids = (key, 2, 3, Int64(4), 5.0)
     place.results.insert_many(
-        [{**result(1, "Positive"), "source_conversation_id": key}, result(2, "Neutral"), result(3, "Neutral")]
+        {**result(number, "Neutral"), "source_conversation_id": one} for number, one in enumerate(ids, 1)
     )
     path = place.folder / "gold.csv"
-    path.write_text(f"_id,conversation_number,sentiment\n{key},,Positive\n2,,Neutral\n,3,Neutral\n")
-    assert field_of(report_of(place, "--gold", str(path)), "sentiment")["accuracy"]["n"] == 3
+    rows = (f"{key},", "2,", ",3", "4,", "5,")
+    path.write_text("".join(["_id,conversation_number,sentiment\n", *(f"{row},Neutral\n" for row in rows)]))
+    assert field_of(report_of(place, "--gold", str(path)), "sentiment")["accuracy"]["n"] == 5
     typed = write_gold(place, [{"_id": {"$oid": str(key)}, "sentiment": "Positive"}])
     assert field_of(report_of(place, "--gold", typed), "sentiment")["accuracy"]["n"] == 1
 
