@@ -62,13 +62,11 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _why_empty(arguments: argparse.Namespace, report: Report) -> str:
     if report.comparison is not None:
-        return f"No conversation is in both {report.comparison.a.source} and {report.comparison.b.source}."
+        what = "conversation with a gold label" if report.gold_source else "conversation"
+        return f"No {what} is in both {report.comparison.a.source} and {report.comparison.b.source}."
     if not report.lines and arguments.gold in (CORRECTIONS, CONTROL):
         return f"There are no {report.gold_source}; make some with python cli.py review."
-    return (
-        f"None of the {counted(report.lines, 'gold line')} has a result in {report.results}; run python cli.py first, "
-        "or add --run N."
-    )
+    return f"There is no result in {report.results} for {counted(report.lines, 'gold line')}; run python cli.py first, or add --run N."
 
 
 class Evaluation:

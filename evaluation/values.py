@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,19 +110,27 @@ def labels_of(value: Any) -> Labels | None:
 
 def labelled_of(result: Document, fields: Sequence[str]) -> Labelled:
     """Return the labels in *result*, a document of a results collection."""
-    metadata = result.get("processing_metadata") or {}
-    confidence = metadata.get("confidence") or {}
-    stored = result.get("classification") or {}
+    metadata = _mapping(result.get("processing_metadata"))
+    confidence = _mapping(metadata.get("confidence"))
+    stored = _mapping(result.get("classification"))
     number = result.get("conversation_number")
     labels = {name: labels_of(stored.get(name)) for name in fields}
     return Labelled(
         result.get("source_conversation_id"),
         None if number is None else str(number),
         {name: found for name, found in labels.items() if found is not None},
-        {name: float(value) for name, value in confidence.items() if isinstance(value, int | float)},
+        {
+            name: float(value)
+            for name, value in confidence.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        },
         str(metadata.get("model_used") or ""),
         str(metadata.get("fingerprint") or ""),
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 class Spelling:

@@ -137,9 +137,9 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     possible = least is not None and sample >= least
     start = f"with a promise of {promise:g}, the student can take at most {100 * most:.0f} % of the conversations"
     if possible and usual is not None:
-        end = f"of {sample} conversations for the certificate, about {usual} are usually needed"
+        end = f"the certificate has {sample} held-out conversations and usually needs about {usual}"
     elif usual is not None:
-        end = f"{sample} conversations for the certificate are too few: keep at least {least}, better {usual}"
+        end = f"the certificate has {sample} held-out conversations and needs at least {least}, better {usual}"
     else:
         end = "no certificate is likely: use a lower promise, or only the model"
     return Feasibility(possible, most, usual, f"{start}; {end}")

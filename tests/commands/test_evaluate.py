@@ -241,7 +241,9 @@ def test_nothing_matched_exits_with_1(judged: Site) -> None:
     gold = write_gold(judged, [{"_id": "other", "sentiment": "Neutral"}])
     report = report_of(judged, "--gold", gold, code=1)
     assert report["gold"]["problem_counts"] == {"unknown": 1}
-    assert "None of the 1 gold line has a result" in evaluate(judged, "--gold", gold).err
+    assert "sentimental_analysis for 1 gold line; run python cli.py first" in evaluate(judged, "--gold", gold).err
+    both = ("sentimental_analysis", "sentimental_analysis")
+    assert "No conversation with a gold label is in both" in evaluate(judged, "--gold", gold, "--compare", *both).err
 
 
 @pytest.mark.parametrize(("least", "code"), [("0.8", 0), ("0.84", 1)])
@@ -281,6 +283,7 @@ def test_compare_without_gold_counts_agreement(judged: Site) -> None:
     """Pages of one collection, looked up in the other."""
     same = [result(number, SENTIMENTS[number % 3]) for number in range(30)]
     same[7]["classification"]["sentiment"] = "Negative"
+    judged.results.insert_one({"source_conversation_id": "odd", "classification": "x", "processing_metadata": [1]})
     judged.database["second"].insert_many(same)
     page = judged.folder / "report.html"
     ended = evaluate(judged, "--compare", "sentimental_analysis", "second", "--html", str(page))

@@ -149,7 +149,7 @@ def test_feasibility_says_how_many_conversations_are_needed() -> None:
     """A sample that no student can be certified with."""
     found = feasibility(0.1, 60, 0.95)
     assert not found.possible
-    assert "60 conversations for the certificate are too few: keep at least 110, better 504" in found.sentence
+    assert "the certificate has 60 held-out conversations and needs at least 110, better 504" in found.sentence
 
 
 def test_no_certificate_is_likely_for_a_student_that_is_never_right() -> None:
