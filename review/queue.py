@@ -213,7 +213,7 @@ class ReviewQueue:
         """Yield the candidates of one turn, the first choice first. Those of the pool are yielded once."""
         pool, skipped = self._pool, self._skipped.get(reviewer, set())
         is_control = is_control_turn(self._served, self._options.control)
-        for queue in (pool.second, *([pool.at_random] if is_control else []), pool.by_worth):
+        for queue in (*([pool.at_random] if is_control else []), pool.second, pool.by_worth):
             passed = []
             while queue:
                 candidate = queue.pop(0)

@@ -330,6 +330,15 @@ async def test_double_share_is_decided_by_two_reviewers(
     assert {one["source"] for one in corrections(database)} == {"confidence"}
 
 
+async def test_second_decisions_leave_the_control_sample_its_turns(
+    store: DocumentStore, settings: Settings, database: Data
+) -> None:
+    fill(database, [result(number, 0.4) for number in range(4)])
+    await accept(open_queue(store, settings, replace(DEFAULTS, double=1.0)), "anna")
+    await accept(open_queue(store, settings, replace(DEFAULTS, double=1.0, control=1.0)), "ben")
+    assert {one["source"] for one in corrections(database) if one["reviewer"] == "ben"} == {"random"}
+
+
 async def test_last_conversations_of_a_large_collection_are_found(
     store: DocumentStore, settings: Settings, database: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
