@@ -117,10 +117,10 @@ class ReviewQueue:
     async def next(self, reviewer: str) -> ReviewItem | None:
         """Lease a conversation to *reviewer* and return it: the one held already, or the next; None if none is left."""
         await self.open()
-        held = await self._leases.held_by(reviewer)
-        if held is not None and (item := await self._item(held["_id"], held["labels"])):
-            return item
-        async with self._filling:
+        async with self._filling:  # two windows of one reviewer could ask at once
+            held = await self._leases.held_by(reviewer)
+            if held is not None and (item := await self._item(held["_id"], held["labels"])):
+                return item
             if self._pool.left > 0 and (item := await self._served_to(reviewer)):
                 return item
             await self._fill()

@@ -213,12 +213,15 @@ async def test_lease_of_a_client_that_died_expires(store: DocumentStore, setting
 async def test_reload_shows_the_conversation_that_is_held(
     store: DocumentStore, settings: Settings, database: Data
 ) -> None:
+    """Also if two windows ask at once."""
     fill(database, [result(number) for number in range(5)])
-    first = await open_queue(store, settings).next("anna")
+    queue = open_queue(store, settings)
+    first, second = await asyncio.gather(queue.next("anna"), queue.next("anna"))
     again = await open_queue(store, settings).next("anna")
     assert first is not None
+    assert second is not None
     assert again is not None
-    assert first.source_id == again.source_id
+    assert first.source_id == second.source_id == again.source_id
     assert database["sentimental_analysis_review_leases"].count_documents({}) == 1
 
 
