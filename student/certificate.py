@@ -124,8 +124,7 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     (1 - *risk*) / *promise* of the conversations (arXiv 2606.29054).
 
     Args:
-        risk: How often a student that takes every conversation disagrees with the model in some field, 0 to 1. Before any
-            training, `majority_risk` of the stored labels is an estimate that is too high.
+        risk: How often a student that takes every conversation disagrees with the model in some field, 0 to 1.
         sample: The number of conversations that are kept for the certificate.
         promise: The agreement to certify, above 0 and below 1.
         error: The probability that a certificate is wrong, above 0 and below 1.
@@ -143,11 +142,6 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     else:
         end = "no certificate is likely: use a lower promise, or only the model"
     return Feasibility(possible, most, usual, f"{start}; {end}")
-
-
-def majority_risk(counts: Sequence[int]) -> float:
-    """Return the risk of answering always the same, 0 to 1; *counts* has the results of each combination of labels."""
-    return 1 - max(counts) / sum(counts) if sum(counts) else 1.0
 
 
 @functools.cache
