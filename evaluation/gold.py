@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bson import Int64
-
 from domain.text import one_line
 from error_handler import ConfigurationError
 from evaluation.values import GoldEntry, Labelled, Labels, Problem, Row, Spelling
@@ -134,7 +132,7 @@ def possible_ids(value: Any) -> tuple[Any, ...]:
             and value == value // 1
             and abs(value) < 2**53
         ):
-            ids += [int(value), Int64(value), float(value)]
+            ids += [int(value), extended_json.loads(f'{{"$numberLong": "{int(value)}"}}'), float(value)]
     return tuple(ids)
 
 
