@@ -21,9 +21,8 @@ PAGE = 1000  # entries of one query
 ID_FIELDS = ("source_conversation_id", "_id", "id")
 NESTED = ("gold", "expected")  # objects that may hold the labels
 DELIMITERS = ",;\t"
-_WHOLE = re.compile(
-    r"(-?\d{1,18})(?:\.0)?", re.ASCII
-)  # a whole number as an id is shown: the shell of MongoDB stores doubles
+# A whole number as ``id_text`` shows it; the shell of MongoDB stores doubles.
+_WHOLE = re.compile(r"(-?\d{1,19})(?:\.0)?", re.ASCII)
 
 # Returns the conversations with one of the ids or conversation numbers.
 Find = Callable[[list[Any], list[str]], Awaitable[list[Labelled]]]
@@ -126,13 +125,10 @@ def possible_ids(value: Any) -> tuple[Any, ...]:
             ids.append(extended_json.loads(f'{{"$oid": "{value}"}}'))
         elif isinstance(value, str) and (written := _WHOLE.fullmatch(value)):
             value = int(written[1])
-        if (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and value == value // 1
-            and abs(value) < 2**53
-        ):
-            ids += [int(value), extended_json.loads(f'{{"$numberLong": "{int(value)}"}}'), float(value)]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value == value // 1 and abs(value) < 2**63:
+            ids += [int(value), extended_json.loads(f'{{"$numberLong": "{int(value)}"}}')]
+            ids += [float(value)] if float(value) == value else []
     return tuple(ids)
 
 

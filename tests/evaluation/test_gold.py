@@ -108,6 +108,8 @@ def test_possible_ids_of_a_text() -> None:
     for text in ("12", "12.0"):
         assert [type(one) for one in possible_ids(text)] == [str, int, Int64, float]
         assert possible_ids(text) == (text, 12, 12, 12)
+    for number in (2**53 + 1, 2**63 - 1):  # no double has this value
+        assert possible_ids(str(number)) == (str(number), number, number)
     assert possible_ids("-3")[1:] == (-3, -3, -3)
     assert possible_ids("doc0") == ("doc0",)
     assert [type(one) for one in possible_ids(12)] == [int, int, Int64, float]
