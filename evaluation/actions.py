@@ -126,7 +126,8 @@ class Evaluation:
         gold = Gold(f"collection {name}")
         async for page in self._collections.pages(name, ()):
             for document in page:
-                gold.add(f"document {id_text(document['_id'])}", document, self._spelling)
+                has_own_id = "source_conversation_id" not in document
+                gold.add(f"document {id_text(document['_id'])}", document, self._spelling, has_own_id=has_own_id)
         require_labels(gold, self._spelling)
         return gold
 

@@ -37,8 +37,8 @@ class Gold:
     problems: list[Problem] = field(default_factory=list)
     note: str = ""
 
-    def add(self, place: str, document: Any, spelling: Spelling) -> None:
-        """Add the labels of *document*, a line of a file or a document of a collection."""
+    def add(self, place: str, document: Any, spelling: Spelling, *, has_own_id: bool = False) -> None:
+        """Add the labels of *document*, a line of a file or a document that *has_own_id*."""
         if not isinstance(document, dict):
             self.problems.append(Problem("unreadable", place))
             return
@@ -59,7 +59,8 @@ class Gold:
         if not ids and number in (None, ""):
             self.problems.append(Problem("no_key", place))
         elif labels:
-            self.entries.append(GoldEntry(place, ids, None if ids else str(number), labels))
+            is_named = number in (None, "") or (bool(ids) and not has_own_id)
+            self.entries.append(GoldEntry(place, ids, None if is_named else str(number), labels))
         elif not any(given.get(name) for name in spelling.fields):
             self.problems.append(Problem("no_label", place))
 
@@ -146,7 +147,7 @@ async def match(entries: Sequence[GoldEntry], find: Find) -> tuple[list[tuple[Go
             by_number.setdefault(labelled.number, []).append(labelled)
         for entry in page:
             hits = [by_key[key] for key in set(map(id_key, entry.ids)) if key in by_key]
-            if not entry.ids:
+            if not hits and entry.number is not None:
                 hits = by_number.get(entry.number, [])
             if len(hits) == 1:
                 pairs.append((entry, hits[0]))

@@ -44,8 +44,8 @@ class Labelled:
 class GoldEntry:
     """One line of gold labels; *place* names it for people.
 
-    *ids* are the ids that it may mean: several if the file holds only a text. They are empty if *number*, the
-    conversation_number, names the conversation.
+    *ids* are the ids that it may mean: several if the file holds only a text. If they name no conversation, *number*, the
+    conversation_number, does.
     """
 
     place: str

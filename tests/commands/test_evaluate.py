@@ -177,8 +177,9 @@ def test_ids_of_all_types_match(place: Site) -> None:
 
 
 def test_gold_from_a_collection(judged: Site) -> None:
-    """Documents have the form of the lines of a file."""
+    """Documents have the form of the lines of a file. Each has an _id, which need not be that of a conversation."""
     lines = [{**line, "_id": ObjectId(), "source_conversation_id": line["_id"]} for line in gold_lines()]
+    lines[7] = {"_id": ObjectId(), "conversation_number": "7", "sentiment": "Neutral"}
     judged.database["gold"].insert_many(lines)
     report = report_of(judged, "--gold", "collection:gold")
     assert field_of(report, "sentiment")["n"] == 30
