@@ -24,6 +24,7 @@ from domain.text import counted
 from error_handler import (
     ConfigurationError,
     ExitCode,
+    LLMModelError,
     LLMRejectedError,
     LLMReplyError,
     SkippedDocumentError,
@@ -197,6 +198,8 @@ class _Asker:
         async with self._slots:
             try:
                 return (await self._window.classify(classifier, conversation, 0)).classification
+            except LLMModelError:  # no answer will come, to none of them
+                raise
             except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
                 return None
             finally:

@@ -25,7 +25,7 @@ from config import Settings, Taxonomy, load_prompt_taxonomy
 from domain.conversation import SOURCE_FIELDS, Conversation, Outcome
 from domain.reply_style import ReplyStyle
 from domain.text import counted
-from error_handler import LLMRejectedError, LLMReplyError, SkippedDocumentError
+from error_handler import LLMModelError, LLMRejectedError, LLMReplyError, SkippedDocumentError
 from evaluation.corrections import read_corrections
 from evaluation.fresh_run import choose, read_sources
 from evaluation.gold import match
@@ -213,6 +213,8 @@ class _Trial:
     async def _answer(self, classifier: Classifier, conversation: Conversation) -> Outcome | None:
         try:
             return await self._window.classify(classifier, conversation, 0)
+        except LLMModelError:  # no answer will come, to none of them
+            raise
         except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
             return None
 

@@ -76,6 +76,17 @@ def test_other_model_is_measured_again(site: Site) -> None:
     assert len(orjson.loads((site.directory / FILE).read_bytes())) == 2
 
 
+def test_model_that_goes_away_is_no_style_that_was_measured(site: Site) -> None:
+    """The choice would be full, for as long as the model and the prompt stay the same."""
+    assert site.model is not None
+    site.model.configure(faults=[{"kind": "model_not_found_404", "when": {"text": "Case"}}])
+    filled(site, MANY)
+    ended = site.run("--reply", "auto")
+    assert ended.code == 3
+    assert "has no model llama3.2" in ended.err
+    assert not (site.directory / FILE).exists()
+
+
 def test_too_few_conversations_keep_full(site: Site) -> None:
     filled(site, 10)
     ended = site.run("--reply", "auto")
