@@ -24,6 +24,7 @@ from domain.text import counted
 from error_handler import (
     ConfigurationError,
     ExitCode,
+    LLMModelError,
     LLMRejectedError,
     LLMReplyError,
     SkippedDocumentError,
@@ -31,7 +32,7 @@ from error_handler import (
 from model_server.models import chat_target
 from mongo_client import DocumentStore
 from review.corrections import CorrectionStore
-from review.labels import Correction
+from review.labels import Correction, Label
 from review.suggestion import (
     MAX_EXAMPLES,
     Gain,
@@ -108,8 +109,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 async def _reviewed(store: DocumentStore, settings: Settings, taxonomy: Taxonomy) -> list[Reviewed]:
-    """Return the reviewed conversations, without those that are examples of the prompt already."""
+    """Return the reviewed conversations with the decisions whose labels are in *taxonomy*; none is an example already."""
     known = {example.source for example in taxonomy.examples}
+    names = {name: set(taxonomy.names(name)) for name in taxonomy.field_names}
     by_conversation: dict[bytes, list[Correction]] = {}
     async for one in CorrectionStore(store, settings).read_all():
         by_conversation.setdefault(id_key(one.source_conversation_id), []).append(one)
@@ -120,9 +122,13 @@ async def _reviewed(store: DocumentStore, settings: Settings, taxonomy: Taxonomy
         for document in await store.read_documents("all", ids):
             with contextlib.suppress(SkippedDocumentError):
                 labels, was = latest_decisions(by_conversation[id_key(document["_id"])])
-                labels = {name: label for name, label in labels.items() if name in taxonomy.field_names}
+                labels = {name: label for name, label in labels.items() if _are_known(label, names.get(name, set()))}
                 reviewed.append(Reviewed(document["_id"], aggregate_conversation(document), labels, was))
     return reviewed
+
+
+def _are_known(label: Label, names: set[str]) -> bool:
+    return names.issuperset([label] if isinstance(label, str) else label) and bool(names)
 
 
 class _Examples:
@@ -192,6 +198,8 @@ class _Asker:
         async with self._slots:
             try:
                 return (await self._window.classify(classifier, conversation, 0)).classification
+            except LLMModelError:  # no answer will come, to none of them
+                raise
             except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
                 return None
             finally:

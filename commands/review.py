@@ -98,7 +98,7 @@ def _login_name() -> str:
 
 @dataclass
 class Draft:
-    """Return the labels that the reviewer has chosen so far for *item*: the labels of the fields before *place*, or of any field."""
+    """The labels that the reviewer has chosen so far for *item*, and the *place* of the marked field."""
 
     item: ReviewItem
     chosen: dict[str, Label] = field(default_factory=dict)
@@ -161,7 +161,8 @@ class Session:
             if key in (UNDO, ERASE):
                 if not draft.place and not draft.chosen:
                     return UNDO
-                draft.place = max(0, draft.place - 1)
+                if name not in draft.chosen:
+                    draft.place = max(0, draft.place - 1)
                 draft.chosen.pop(self._fields[draft.place], None)
             elif key == TAB:
                 draft.place = (draft.place + 1) % len(self._fields)
@@ -178,6 +179,8 @@ class Session:
     def _choose(self, draft: Draft, name: str, label: str) -> None:
         """Set the label of the field and go to the next; a field with several labels gets or loses *label* instead."""
         current = draft.label(name)
+        if current is None and self._queue.taxonomy.field(name).is_multiple:
+            current = []
         if isinstance(current, list):
             draft.chosen[name] = [one for one in current if one != label] + ([] if label in current else [label])
         else:

@@ -120,7 +120,7 @@ class EmbeddingClassifier:
             label, probability = max((allowed or of_labels).items(), key=lambda pair: pair[1])
             labels[field] = [label] if is_multiple else label
             confidence[field] = round(probability, 4)
-        return Answer(classification(self._taxonomy, labels, "Embedded"), EMBEDDING_MODEL, confidence)
+        return Answer(classification(self._taxonomy, labels, "Embedded"), EMBEDDING_MODEL, confidence or None)
 
     def is_english(self, conversation: Conversation) -> bool:
         """Return whether the customer seems to write English; see ``language.is_english``."""

@@ -62,13 +62,11 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _why_empty(arguments: argparse.Namespace, report: Report) -> str:
     if report.comparison is not None:
-        return f"No conversation is in both {report.comparison.a.source} and {report.comparison.b.source}."
+        what = "conversation with a gold label" if report.gold_source else "conversation"
+        return f"No {what} is in both {report.comparison.a.source} and {report.comparison.b.source}."
     if not report.lines and arguments.gold in (CORRECTIONS, CONTROL):
         return f"There are no {report.gold_source}; make some with python cli.py review."
-    return (
-        f"None of the {counted(report.lines, 'gold line')} has a result in {report.results}; run python cli.py first, "
-        "or add --run N."
-    )
+    return f"There is no result in {report.results} for {counted(report.lines, 'gold line')}; run python cli.py first, or add --run N."
 
 
 class Evaluation:
@@ -128,7 +126,8 @@ class Evaluation:
         gold = Gold(f"collection {name}")
         async for page in self._collections.pages(name, ()):
             for document in page:
-                gold.add(f"document {id_text(document['_id'])}", document, self._spelling)
+                has_own_id = "source_conversation_id" not in document
+                gold.add(f"document {id_text(document['_id'])}", document, self._spelling, has_own_id=has_own_id)
         require_labels(gold, self._spelling)
         return gold
 

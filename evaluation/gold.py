@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ PAGE = 1000  # entries of one query
 ID_FIELDS = ("source_conversation_id", "_id", "id")
 NESTED = ("gold", "expected")  # objects that may hold the labels
 DELIMITERS = ",;\t"
+# A whole number as ``id_text`` shows it; the shell of MongoDB stores doubles.
+_WHOLE = re.compile(r"(-?\d{1,19})(?:\.0)?", re.ASCII)
 
 # Returns the conversations with one of the ids or conversation numbers.
 Find = Callable[[list[Any], list[str]], Awaitable[list[Labelled]]]
@@ -34,8 +37,8 @@ class Gold:
     problems: list[Problem] = field(default_factory=list)
     note: str = ""
 
-    def add(self, place: str, document: Any, spelling: Spelling) -> None:
-        """Add the labels of *document*, a line of a file or a document of a collection."""
+    def add(self, place: str, document: Any, spelling: Spelling, *, has_own_id: bool = False) -> None:
+        """Add the labels of *document*, a line of a file or a document that *has_own_id*."""
         if not isinstance(document, dict):
             self.problems.append(Problem("unreadable", place))
             return
@@ -56,7 +59,8 @@ class Gold:
         if not ids and number in (None, ""):
             self.problems.append(Problem("no_key", place))
         elif labels:
-            self.entries.append(GoldEntry(place, ids, None if ids else str(number), labels))
+            is_named = number in (None, "") or (bool(ids) and not has_own_id)
+            self.entries.append(GoldEntry(place, ids, None if is_named else str(number), labels))
         elif not any(given.get(name) for name in spelling.fields):
             self.problems.append(Problem("no_label", place))
 
@@ -110,7 +114,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Document]]:
 
 
 def possible_ids(value: Any) -> tuple[Any, ...]:
-    """Return the ids that *value* may mean: a text may be an ObjectId or a number, as ``id_text`` shows them.
+    """Return the ids that *value* may mean: a text may be an ObjectId or a number, and MongoDB has several types of numbers.
 
     It is empty if MongoDB cannot hold *value*.
     """
@@ -120,8 +124,12 @@ def possible_ids(value: Any) -> tuple[Any, ...]:
         ids.append(value)
         if isinstance(value, str) and len(value) == 24:
             ids.append(extended_json.loads(f'{{"$oid": "{value}"}}'))
-        elif isinstance(value, str) and value.isdecimal() and len(value) < 19:
-            ids.append(int(value))
+        elif isinstance(value, str) and (written := _WHOLE.fullmatch(value)):
+            value = int(written[1])
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value == value // 1 and abs(value) < 2**63:
+            ids += [int(value), extended_json.loads(f'{{"$numberLong": "{int(value)}"}}')]
+            ids += [float(value)] if float(value) == value else []
     return tuple(ids)
 
 
@@ -138,8 +146,8 @@ async def match(entries: Sequence[GoldEntry], find: Find) -> tuple[list[tuple[Go
         for labelled in found:
             by_number.setdefault(labelled.number, []).append(labelled)
         for entry in page:
-            hits = [by_key[key] for key in map(id_key, entry.ids) if key in by_key]
-            if not entry.ids:
+            hits = [by_key[key] for key in set(map(id_key, entry.ids)) if key in by_key]
+            if not hits and entry.number is not None:
                 hits = by_number.get(entry.number, [])
             if len(hits) == 1:
                 pairs.append((entry, hits[0]))

@@ -32,9 +32,6 @@ class LabelSource(Protocol):
     def pages(self) -> AsyncIterator[list[Labelled]]:
         """Yield all conversations in pages."""
 
-    async def counts(self, field: str) -> Counter[Labels]:
-        """Return how many conversations have each combination of labels of *field*."""
-
 
 class Collections:
     """Reads collections of the database of *store* by name; each call is retried as *policy* says."""
@@ -83,8 +80,10 @@ class Collections:
         return [Labelled(one["_id"], _text(one.get("conversation_number")), {}) for one in found]
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _text(number: Any) -> str | None:
+    if isinstance(number, float) and number.is_integer():  # the shell of MongoDB stores doubles
+        number = int(number)
+    return None if number is None else str(number)
 
 
 def either(id_field: str, ids: list[Any], numbers: list[str]) -> Document:
@@ -158,10 +157,6 @@ class ReportFile:
     async def pages(self) -> AsyncIterator[list[Labelled]]:
         """Yield all conversations in one page."""
         yield list(self._labelled.values())
-
-    async def counts(self, field: str) -> Counter[Labels]:
-        """Return how many conversations have each combination of labels of *field*."""
-        return Counter(one.labels[field] for one in self._labelled.values() if field in one.labels)
 
 
 def report_file(name: str, fields: Sequence[str]) -> ReportFile | None:

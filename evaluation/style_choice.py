@@ -25,7 +25,7 @@ from config import Settings, Taxonomy, load_prompt_taxonomy
 from domain.conversation import SOURCE_FIELDS, Conversation, Outcome
 from domain.reply_style import ReplyStyle
 from domain.text import counted
-from error_handler import LLMRejectedError, LLMReplyError, SkippedDocumentError
+from error_handler import LLMModelError, LLMRejectedError, LLMReplyError, SkippedDocumentError
 from evaluation.corrections import read_corrections
 from evaluation.fresh_run import choose, read_sources
 from evaluation.gold import match
@@ -121,6 +121,7 @@ class _Trial:
         # The limit of ``auto`` follows a run; a trial is too short for that.
         self._at_once = 4 if settings.max_concurrent == "auto" else settings.max_concurrent
         self._shown_s = time.monotonic()
+        self._full_on_gold: list[Outcome | None] = []
 
     async def choice(self, sample: Sequence[Conversation], gold: Sequence[Judged]) -> dict[str, object]:
         """Return the style to use, and what was found about each that was tried."""
@@ -143,10 +144,10 @@ class _Trial:
         reference: Sequence[Outcome | None],
         gold: Sequence[Judged],
     ) -> tuple[list[str], bool]:
-        answers = await self._ask(style, sample, reference)
+        answers = await self._asked(style, sample, reference)
         if self._full.restyled(style).for_target(self._window.target).reply_style != style:
             return ["the server takes no arrays" if style == "list" else "the server gives no probabilities"], False
-        pairs = [(one, other) for one, other in zip(reference, answers, strict=True) if one is not None]
+        pairs = [(one, answers[place]) for place, one in enumerate(reference) if one is not None and place in answers]
         agreement = Agreement(sum(_same(one, other) for one, other in pairs), len(pairs))
         tokens = [_mean_tokens([one for one, _ in pairs]), _mean_tokens([other for _, other in pairs])]
         sentences = [str(agreement)]
@@ -165,38 +166,41 @@ class _Trial:
     async def _change(self, style: ReplyStyle, gold: Sequence[Judged]) -> Estimate:
         """Return the change of the share of wholly right conversations from ``full`` to *style*."""
         conversations = [conversation for conversation, _ in gold]
-        full, short = await self._ask("full", conversations), await self._ask(style, conversations)
+        if not self._full_on_gold:  # the same for each style
+            self._full_on_gold = await self._ask("full", conversations)
+        full, short = self._full_on_gold, await self._ask(style, conversations)
         changes = [
             _is_right(b, labels) - _is_right(a, labels) for (_, labels), a, b in zip(gold, full, short, strict=True)
         ]
         return bootstrap([changes.count(value) for value in (-1, 0, 1)], share_of([-1, 0, 1]), -1.0)
 
-    async def _ask(
-        self,
-        style: ReplyStyle,
-        conversations: Sequence[Conversation],
-        reference: Sequence[Outcome | None] | None = None,
-    ) -> list[Outcome | None]:
-        """Return the answers about *conversations*, None without a usable one.
+    async def _ask(self, style: ReplyStyle, conversations: Sequence[Conversation]) -> list[Outcome | None]:
+        """Return the answers about *conversations*, None without a usable one."""
+        answers = await self._asked(style, conversations, [])
+        return [answers[place] for place in range(len(conversations))]
 
-        With *reference*, the rest is None as soon as so many differ from it that the bound cannot be reached.
+    async def _asked(
+        self, style: ReplyStyle, conversations: Sequence[Conversation], reference: Sequence[Outcome | None]
+    ) -> dict[int, Outcome | None]:
+        """Return the answers about *conversations* by their place, None without a usable one.
+
+        With *reference*, it ends as soon as so many differ from it that the bound cannot be reached.
         """
         classifier = self._full if style == "full" else self._full.restyled(style)
-        answers: list[Outcome | None] = [None] * len(conversations)
-        waiting, done, differing = iter(range(len(conversations))), 0, 0
+        answers: dict[int, Outcome | None] = {}
+        waiting, differing = iter(range(len(conversations))), 0
 
         async def work() -> None:
-            nonlocal done, differing
+            nonlocal differing
             for index in waiting:
                 if reference and Agreement(len(conversations) - differing, len(conversations)).low < LEAST_AGREEMENT:
                     return
                 answers[index] = await self._answer(classifier, conversations[index])
-                done += 1
                 if reference and (expected := reference[index]) is not None:
                     differing += not _same(expected, answers[index])
                 if time.monotonic() - self._shown_s >= LINE_EVERY_S:
                     self._shown_s = time.monotonic()
-                    self._tell(f"reply style {style}: {done} of {len(conversations)} conversations")
+                    self._tell(f"reply style {style}: {len(answers)} of {len(conversations)} conversations")
 
         tasks = [asyncio.create_task(work()) for _ in range(self._at_once)]
         try:
@@ -209,6 +213,8 @@ class _Trial:
     async def _answer(self, classifier: Classifier, conversation: Conversation) -> Outcome | None:
         try:
             return await self._window.classify(classifier, conversation, 0)
+        except LLMModelError:  # no answer will come, to none of them
+            raise
         except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
             return None
 

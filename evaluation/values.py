@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,8 +44,8 @@ class Labelled:
 class GoldEntry:
     """One line of gold labels; *place* names it for people.
 
-    *ids* are the ids that it may mean: several if the file holds only a text. They are empty if *number*, the
-    conversation_number, names the conversation.
+    *ids* are the ids that it may mean: several if the file holds only a text. If they name no conversation, *number*, the
+    conversation_number, does.
     """
 
     place: str
@@ -109,19 +110,27 @@ def labels_of(value: Any) -> Labels | None:
 
 def labelled_of(result: Document, fields: Sequence[str]) -> Labelled:
     """Return the labels in *result*, a document of a results collection."""
-    metadata = result.get("processing_metadata") or {}
-    confidence = metadata.get("confidence") or {}
-    stored = result.get("classification") or {}
+    metadata = _mapping(result.get("processing_metadata"))
+    confidence = _mapping(metadata.get("confidence"))
+    stored = _mapping(result.get("classification"))
     number = result.get("conversation_number")
     labels = {name: labels_of(stored.get(name)) for name in fields}
     return Labelled(
         result.get("source_conversation_id"),
         None if number is None else str(number),
         {name: found for name, found in labels.items() if found is not None},
-        {name: float(value) for name, value in confidence.items() if isinstance(value, int | float)},
+        {
+            name: float(value)
+            for name, value in confidence.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        },
         str(metadata.get("model_used") or ""),
         str(metadata.get("fingerprint") or ""),
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 class Spelling:

@@ -12,6 +12,7 @@ from review.labels import Correction, label_key
 from storage.extended_json import id_key
 
 Z = 1.959964  # of a 95 % interval
+ROUNDING = 1e-9  # a smaller variance is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Kappa:
     """Cohen's kappa of *n* pairs of labels, of which the share *agreed* is equal (0 to 1).
 
     *value* is None if it is undefined, because both reviewers gave one and the same label to all. *interval* (95 %) is
-    None if it cannot be estimated: without a disagreement, or without a value.
+    None if it cannot be estimated: without a value, or if the formula has the variance 0, such as without a disagreement.
     """
 
     n: int
@@ -48,8 +49,6 @@ def cohens_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> Kappa:
     if math.isclose(expected, 1.0):
         return Kappa(n, agreed, None, None)
     value = (agreed - expected) / (1 - expected)
-    if agreed == 1.0:
-        return Kappa(n, agreed, value, None)
     on = math.fsum(
         share * (1 - (first[one] + second[one]) * (1 - value)) ** 2
         for (one, other), share in cells.items()
@@ -61,7 +60,9 @@ def cohens_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> Kappa:
         if one != other
     )
     variance = on + (1 - value) ** 2 * off - (value - expected * (1 - value)) ** 2
-    half = Z * math.sqrt(max(0.0, variance)) / ((1 - expected) * math.sqrt(n))
+    if variance < ROUNDING:  # the interval would have no width, as if kappa were exact
+        return Kappa(n, agreed, value, None)
+    half = Z * math.sqrt(variance) / ((1 - expected) * math.sqrt(n))
     return Kappa(n, agreed, value, (max(-1.0, value - half), min(1.0, value + half)))
 
 

@@ -98,7 +98,7 @@ class ReviewQueue:
         self._ask_student: AskStudent | None = None
         self._directory = settings.batch_files_dir
         self._pool = _Pool()
-        self._served = 0
+        self._served = random.randrange(1_000_000)  # so that short sessions have control turns as well
         self._skipped: dict[str, set[bytes]] = {}
         self._filling = asyncio.Lock()
         self._is_open = False
@@ -117,10 +117,10 @@ class ReviewQueue:
     async def next(self, reviewer: str) -> ReviewItem | None:
         """Lease a conversation to *reviewer* and return it: the one held already, or the next; None if none is left."""
         await self.open()
-        held = await self._leases.held_by(reviewer)
-        if held is not None and (item := await self._item(held["_id"], held["labels"])):
-            return item
-        async with self._filling:
+        async with self._filling:  # two windows of one reviewer could ask at once
+            held = await self._leases.held_by(reviewer)
+            if held is not None and (item := await self._item(held["_id"], held["labels"])):
+                return item
             if self._pool.left > 0 and (item := await self._served_to(reviewer)):
                 return item
             await self._fill()
@@ -213,7 +213,7 @@ class ReviewQueue:
         """Yield the candidates of one turn, the first choice first. Those of the pool are yielded once."""
         pool, skipped = self._pool, self._skipped.get(reviewer, set())
         is_control = is_control_turn(self._served, self._options.control)
-        for queue in (pool.second, *([pool.at_random] if is_control else []), pool.by_worth):
+        for queue in (*([pool.at_random] if is_control else []), pool.second, pool.by_worth):
             passed = []
             while queue:
                 candidate = queue.pop(0)
@@ -238,9 +238,11 @@ class ReviewQueue:
         if name not in self.taxonomy.field_names:
             raise ReviewLabelError("labels: a field is not in the taxonomy; use those of the conversation.")
         labels = label if isinstance(label, list) else [label]
-        if seen is not None and isinstance(label, list) is not isinstance(seen, list):
-            raise ReviewLabelError(f"labels: {name} needs {'a list' if isinstance(seen, list) else 'one label'}.")
-        if not set(labels) <= set(self.taxonomy.names(name)) or len(set(labels)) != len(labels):
+        is_multiple = self.taxonomy.field(name).is_multiple if seen is None else isinstance(seen, list)
+        if isinstance(label, list) is not is_multiple:
+            raise ReviewLabelError(f"labels: {name} needs {'a list' if is_multiple else 'one label'}.")
+        known = {*self.taxonomy.names(name), *(seen if isinstance(seen, list) else ())}
+        if not set(labels) <= known or len(set(labels)) != len(labels):
             raise ReviewLabelError(f"labels: {name} has a label that is not in the taxonomy, or one twice.")
 
     async def _fill(self) -> None:
@@ -277,7 +279,9 @@ class ReviewQueue:
             return [one async for one in await self._results.aggregate(stages)]
 
         found = await self.corrections.call("read results", read)
-        usable = [one for one in found if isinstance(one.get("classification"), dict)]
+        usable = [
+            one for one in found if isinstance(one.get("classification"), dict) and "source_conversation_id" in one
+        ]
         return list({id_key(one["source_conversation_id"]): one for one in usable}.values())
 
     async def _judged(self, results: list[Document]) -> list[_Candidate]:

@@ -17,7 +17,6 @@ from typing import Any
 from config.taxonomy import Example
 from domain.conversation import Classification, Conversation
 from review.labels import Correction, Label, label_key, same_label
-from storage.extended_json import id_key
 
 MAX_EXAMPLES = 8
 MAX_CANDIDATES = 12
@@ -89,11 +88,12 @@ def latest_decisions(corrections: Sequence[Correction]) -> tuple[dict[str, Label
 def halves(reviewed: Sequence[Reviewed], limit: int) -> tuple[list[Reviewed], list[Reviewed]]:
     """Return the development half and the other half of at most *limit* conversations.
 
-    A hash of the id decides both, so a conversation stays in its half while others are reviewed.
+    A hash of the transcript decides both, so a conversation stays in its half while others are reviewed. Identical
+    conversations count once: an example would be measured on itself.
     """
-    hashed = sorted((hashlib.sha256(b"half" + id_key(one.source_id)).digest(), one) for one in _distinct(reviewed))
-    kept = hashed[:limit]
-    return [one for digest, one in kept if digest[-1] % 2], [one for digest, one in kept if not digest[-1] % 2]
+    by_hash = {hashlib.sha256(f"half {one.conversation.transcript_sha256}".encode()).digest(): one for one in reviewed}
+    kept = sorted(by_hash)[:limit]
+    return [by_hash[one] for one in kept if one[-1] % 2], [by_hash[one] for one in kept if not one[-1] % 2]
 
 
 def candidates_of(development: Sequence[Reviewed]) -> list[Reviewed]:
@@ -190,7 +190,3 @@ def _interval(changes: Sequence[tuple[int, int]]) -> tuple[float, float]:
         means.append(sum(change for change, _ in drawn) / max(1, sum(labels for _, labels in drawn)))
     means.sort()
     return (means[_RESAMPLES // 40], means[-_RESAMPLES // 40 - 1]) if means else (0.0, 0.0)
-
-
-def _distinct(reviewed: Sequence[Reviewed]) -> list[Reviewed]:
-    return list({id_key(one.source_id): one for one in reviewed}.values())

@@ -177,7 +177,7 @@ def render_page(taxonomy: Taxonomy) -> ReviewPage:
     for name in taxonomy.field_names:
         keys = {label: key for key, label in label_keys(taxonomy.names(name)).items()}
         labels = [(label.name, label.definition, keys.get(label.name, "")) for label in taxonomy.labels(name)]
-        fields.append((name, labels))
+        fields.append((name, labels, taxonomy.field(name).is_multiple))
     actions = {"note": NOTE, "skip": SKIP, "undo": UNDO}
     shown = {"fields": fields, "actions": actions, "note_limit": MAX_NOTE_CHARACTERS}
     html = environment.get_template("page.html").render(shown, routes="review/", heading="h1")

@@ -7,8 +7,7 @@ arXiv 2203.03532, CUSUM form): with the promise kept, it takes at least ``LIMIT`
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field
 
 LEAST_SHARE, MOST_SHARE = 0.04, 0.2  # less than 0.04 finds fewer than 98 % of the drifts within 500 conversations
 DRIFT_ERROR = 0.01  # the probability that a sudden drift uses up the room
@@ -96,12 +95,3 @@ class Audit:
         if self.is_suspicious:
             return f"{counts}; after a disagreement, the model gets every conversation until the promise of {self.promise:g} is confirmed"
         return f"{counts}; the promise of {self.promise:g} holds"
-
-    def state(self) -> dict[str, Any]:
-        """Return what `from_state` needs, as values that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
-        """Return the audit whose *state* was stored."""
-        return cls(**state)

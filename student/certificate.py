@@ -124,8 +124,7 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     (1 - *risk*) / *promise* of the conversations (arXiv 2606.29054).
 
     Args:
-        risk: How often a student that takes every conversation disagrees with the model in some field, 0 to 1. Before any
-            training, `majority_risk` of the stored labels is an estimate that is too high.
+        risk: How often a student that takes every conversation disagrees with the model in some field, 0 to 1.
         sample: The number of conversations that are kept for the certificate.
         promise: The agreement to certify, above 0 and below 1.
         error: The probability that a certificate is wrong, above 0 and below 1.
@@ -137,17 +136,12 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     possible = least is not None and sample >= least
     start = f"with a promise of {promise:g}, the student can take at most {100 * most:.0f} % of the conversations"
     if possible and usual is not None:
-        end = f"of {sample} conversations for the certificate, about {usual} are usually needed"
+        end = f"the certificate has {sample} held-out conversations and usually needs about {usual}"
     elif usual is not None:
-        end = f"{sample} conversations for the certificate are too few: keep at least {least}, better {usual}"
+        end = f"the certificate has {sample} held-out conversations and needs at least {least}, better {usual}"
     else:
         end = "no certificate is likely: use a lower promise, or only the model"
     return Feasibility(possible, most, usual, f"{start}; {end}")
-
-
-def majority_risk(counts: Sequence[int]) -> float:
-    """Return the risk of answering always the same, 0 to 1; *counts* has the results of each combination of labels."""
-    return 1 - max(counts) / sum(counts) if sum(counts) else 1.0
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from config import Taxonomy
 from domain.conversation import Classification, Conversation, Outcome, result_fingerprint, student_plan
@@ -180,19 +180,16 @@ def load_student(directory: Path) -> Student | None:
     path = student_path(directory)
     try:
         with explained(f"{path} cannot be read"):
-            name = _name(path.read_bytes())
-            with safe_open(path, framework="np") as file:
-                about = json.loads(file.metadata()["student"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            content = path.read_bytes()
     except StateDirectoryError as exc:
         if isinstance(exc.__cause__, FileNotFoundError):
             return None
         raise
-    except (SafetensorError, ValueError, KeyError, TypeError) as exc:
-        raise _unusable(path) from exc
     try:
-        return _student(about, tensors, name)
-    except (ValueError, KeyError, TypeError) as exc:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # ``load`` leaves the metadata out
+        return _student(json.loads(header["__metadata__"]["student"]), tensors, _name(content))
+    except (SafetensorError, ValueError, KeyError, TypeError) as exc:
         raise _unusable(path) from exc
 
 

@@ -58,9 +58,12 @@ def train(
         ConfigurationError: There are too few examples.
     """
     if len(examples) < LEAST_EXAMPLES:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        left = f" Results left out: {reasons}." if reasons else ""
         raise ConfigurationError(
             f"A student needs at least {LEAST_EXAMPLES} different conversations with a result of the current model, prompt "
-            f"and taxonomy, and there are {len(examples)}; run the worker first: python cli.py"
+            f"and taxonomy, and there are {len(examples)}.{left} Run the worker first: python cli.py, or with --only stale for "
+            "results of another model, prompt or taxonomy."
         )
     held_out = _held_out([one.input_sha256 for one in examples])
     learned = ~held_out

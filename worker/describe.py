@@ -32,7 +32,11 @@ from worker.progress import Reporter
 logger = logging.getLogger(__name__)
 
 JOB = "describe"
-LACKS = {"classification": {"$type": "object"}, "classification.categorization": {"$exists": False}}
+LACKS = {
+    "source_conversation_id": {"$exists": True},
+    "classification": {"$type": "object"},
+    "classification.categorization": {"$exists": False},
+}
 
 
 def describing_classifier(taxonomy: Taxonomy, settings: Settings) -> Classifier:

@@ -86,7 +86,7 @@ function draw() {
 // A field with several labels gets or loses the label; another field takes it, and the next field is marked.
 function choose(place, label) {
   const name = fields[place].dataset.field;
-  const current = labelOf(name);
+  const current = labelOf(name) ?? (fields[place].dataset.multiple ? [] : undefined);
   marked = place;
   if (Array.isArray(current)) {
     chosen[name] = current.includes(label) ? current.filter((one) => one !== label) : [...current, label];

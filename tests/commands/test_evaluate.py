@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bson import ObjectId
+from bson import Int64, ObjectId
 from pymongo.database import Database
 
 from aggregator import aggregate_conversation
@@ -137,11 +137,12 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
     lines = [
         *gold_lines(3),
         {"_id": 2, "sentiment": "Negative"},
-        {"_id": 30, "sentiment": "Negative"},
+        {"conversation_number": 30, "sentiment": "Negative"},
         {"_id": 999, "sentiment": "Negative"},
         {"conversation_number": 4, "sentiment": "Angry"},
         {"conversation_number": 5, "sentiment": "negative"},
     ]
+    judged.source.update_one({"_id": 30}, {"$set": {"conversation_number": 30.0}})
     gold = write_gold(judged, lines)
     ended = evaluate(judged, "--gold", gold)
     assert ended.code == 0, ended.said
@@ -152,7 +153,7 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
     assert ended.out.index("line 4: ") < ended.out.index("line 5: ") < ended.out.index("line 7: ")
     for line in (
         "line 4: repeated, same label: sentiment, as in line 3",
-        "line 5: no result yet: 30",
+        "line 5: no result yet: conversation 30",
         "line 6: unknown conversation: 999",
         "line 7: label outside the taxonomy: sentiment Angry",
     ):
@@ -161,21 +162,24 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
 
 
 def test_ids_of_all_types_match(place: Site) -> None:
-    """ObjectIds as Extended JSON and as text, numbers as text, and conversation numbers."""
+    """ObjectIds as Extended JSON and as text, numbers of each type as text, and conversation numbers."""
     key = ObjectId()
+    ids = (key, 2, 3, Int64(4), 5.0)
     place.results.insert_many(
-        [{**result(1, "Positive"), "source_conversation_id": key}, result(2, "Neutral"), result(3, "Neutral")]
+        {**result(number, "Neutral"), "source_conversation_id": one} for number, one in enumerate(ids, 1)
     )
     path = place.folder / "gold.csv"
-    path.write_text(f"_id,conversation_number,sentiment\n{key},,Positive\n2,,Neutral\n,3,Neutral\n")
-    assert field_of(report_of(place, "--gold", str(path)), "sentiment")["accuracy"]["n"] == 3
+    rows = (f"{key},", "2,", ",3", "4,", "5,")
+    path.write_text("".join(["_id,conversation_number,sentiment\n", *(f"{row},Neutral\n" for row in rows)]))
+    assert field_of(report_of(place, "--gold", str(path)), "sentiment")["accuracy"]["n"] == 5
     typed = write_gold(place, [{"_id": {"$oid": str(key)}, "sentiment": "Positive"}])
     assert field_of(report_of(place, "--gold", typed), "sentiment")["accuracy"]["n"] == 1
 
 
 def test_gold_from_a_collection(judged: Site) -> None:
-    """Documents have the form of the lines of a file."""
+    """Documents have the form of the lines of a file. Each has an _id, which need not be that of a conversation."""
     lines = [{**line, "_id": ObjectId(), "source_conversation_id": line["_id"]} for line in gold_lines()]
+    lines[7] = {"_id": ObjectId(), "conversation_number": "7", "sentiment": "Neutral"}
     judged.database["gold"].insert_many(lines)
     report = report_of(judged, "--gold", "collection:gold")
     assert field_of(report, "sentiment")["n"] == 30
@@ -238,7 +242,9 @@ def test_nothing_matched_exits_with_1(judged: Site) -> None:
     gold = write_gold(judged, [{"_id": "other", "sentiment": "Neutral"}])
     report = report_of(judged, "--gold", gold, code=1)
     assert report["gold"]["problem_counts"] == {"unknown": 1}
-    assert "None of the 1 gold line has a result" in evaluate(judged, "--gold", gold).err
+    assert "sentimental_analysis for 1 gold line; run python cli.py first" in evaluate(judged, "--gold", gold).err
+    both = ("sentimental_analysis", "sentimental_analysis")
+    assert "No conversation with a gold label is in both" in evaluate(judged, "--gold", gold, "--compare", *both).err
 
 
 @pytest.mark.parametrize(("least", "code"), [("0.8", 0), ("0.84", 1)])
@@ -278,6 +284,7 @@ def test_compare_without_gold_counts_agreement(judged: Site) -> None:
     """Pages of one collection, looked up in the other."""
     same = [result(number, SENTIMENTS[number % 3]) for number in range(30)]
     same[7]["classification"]["sentiment"] = "Negative"
+    judged.results.insert_one({"source_conversation_id": "odd", "classification": "x", "processing_metadata": [1]})
     judged.database["second"].insert_many(same)
     page = judged.folder / "report.html"
     ended = evaluate(judged, "--compare", "sentimental_analysis", "second", "--html", str(page))

@@ -133,8 +133,26 @@ def test_unusable_answers_count_as_wrong(place: Site, server: ScriptedServer) ->
     assert "No example helps" in out
 
 
+def test_refused_key_is_an_error_and_not_a_wrong_answer(place: Site, server: ScriptedServer) -> None:
+    """Of a server that lists its models without a key; the sentence would be that no example helps."""
+
+    def refuse(handler: Handler) -> None:
+        request = handler.server_state.requests[-1]
+        is_question = request.path.endswith("/chat") and request.json.get("messages")
+        (answer({"error": "unauthorized"}, 401) if is_question else answer())(handler)
+
+    server.script = deque([refuse] * 200)
+    code, out, err = run_cli(["prompt", "suggest"], place.environment(), place.folder)
+    assert code == 3
+    assert "requires a key" in err
+    assert "No example helps" not in out
+
+
 def test_suggestion_needs_corrections(place: Site, server: ScriptedServer) -> None:
-    place.database["sentimental_analysis_corrections"].delete_many({"field": {"$ne": "sentiment"}})
+    """Not decisions that the taxonomy does not know any more: no example can have them."""
+    corrections = place.database["sentimental_analysis_corrections"]
+    corrections.delete_many({"field": "topic"})
+    corrections.update_many({"to": "Order Status"}, {"$set": {"to": "Gone"}})
     code, _, err = suggest(place, server, Model(follows=True))
     assert code == 2
     assert "Review more: python cli.py review" in err

@@ -115,6 +115,18 @@ def test_keys_of_a_field_with_several_labels_add_and_remove(
     assert "Banking/Cards, Account/Billing (corrected)" in out
 
 
+def test_field_that_the_result_lacks_takes_several_labels_if_the_taxonomy_allows_it(
+    typed: Callable[..., tuple[int, str, str]], place: Site
+) -> None:
+    """As after a field was added to the taxonomy. Undo takes the labels of the marked field back, not those of another."""
+    taxonomy = place.folder / "taxonomy.yaml"
+    taxonomy.write_text("sentiments: [Negative]\nfields: {tags: {labels: [Late, Lost, Damaged], multiple: true}}")
+    place.settings["TAXONOMY_FILE"] = str(taxonomy)
+    code, _, err = typed("12u13\nq")
+    assert code == 0, err
+    assert decided(place) == [(1, "sentiment", "Negative", True), (1, "tags", ["Late", "Damaged"], False)]
+
+
 def test_end_of_the_input_and_limit_end_the_review(typed: Callable[..., tuple[int, str, str]], place: Site) -> None:
     """A conversation that was shown and not decided is free again at once."""
     assert typed("\n\n\n\n", *ALL, "--limit", "2")[0] == 0

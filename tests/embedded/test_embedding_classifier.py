@@ -61,14 +61,17 @@ def test_fields_of_a_taxonomy_file_are_filled() -> None:
     issue = (Label("Damage", "Something is broken.", ("broken", "dent")), Label("Delay", "It is late.", ("late",)))
     urgency = (Label("Low", ""), Label("High", "The customer cannot wait."))
     taxonomy = Taxonomy((Field("issue", issue, is_multiple=True), Field("urgency", urgency)), has_categorization=False)
-    answer = EmbeddingClassifier(taxonomy).answer(
-        conversation(("customer", "It came late, and it is broken. Hurry up!"))
-    )
+    said = conversation(("customer", "It came late, and it is broken. Hurry up!"))
+    answer = EmbeddingClassifier(taxonomy).answer(said)
     assert answer.classification.labels["issue"] == ("Damage", "Delay")
     assert answer.classification.labels["urgency"] in ("Low", "High")
     assert answer.classification.categorization is None
     assert answer.confidence is not None
     assert set(answer.confidence) == {"urgency"}
+    alone = Taxonomy(taxonomy.fields[:1], has_categorization=False)
+    assert (
+        EmbeddingClassifier(alone).answer(said).confidence is None
+    )  # phrases have none, and REVIEW_BELOW takes the lowest
 
 
 @pytest.mark.parametrize(

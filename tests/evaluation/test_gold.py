@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bson import ObjectId
+from bson import Int64, ObjectId
 
 from config import load_taxonomy
 from error_handler import ConfigurationError
@@ -103,11 +103,18 @@ def test_missing_file_and_broken_csv_are_errors(tmp_path: Path) -> None:
 
 
 def test_possible_ids_of_a_text() -> None:
-    """CSV has no types: a text may be an ObjectId or a number."""
+    """CSV has no types: a text may be an ObjectId or a number, which MongoDB may hold as one of three types."""
     assert possible_ids(OBJECT_ID) == (OBJECT_ID, ObjectId(OBJECT_ID))
-    assert possible_ids("12") == ("12", 12)
+    for text in ("12", "12.0"):
+        assert [type(one) for one in possible_ids(text)] == [str, int, Int64, float]
+        assert possible_ids(text) == (text, 12, 12, 12)
+    for number in (2**53 + 1, 2**63 - 1):  # no double has this value
+        assert possible_ids(str(number)) == (str(number), number, number)
+    assert possible_ids("-3")[1:] == (-3, -3, -3)
     assert possible_ids("doc0") == ("doc0",)
-    assert possible_ids(12) == (12,)
+    assert [type(one) for one in possible_ids(12)] == [int, int, Int64, float]
+    for value in (True, 1.5, float("nan"), float("inf"), 1e300, None):
+        assert len(possible_ids(value)) == 1
     assert possible_ids("9" * 30) == ("9" * 30,)
     assert possible_ids(10**30) == ()  # MongoDB cannot hold it
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from evaluation.metrics import confused, field_figures
+from evaluation.values import labelled_of
 from tests.evaluation.made_rows import FIELD, rows_of
 
 A, B, OTHER = "Complaint", "Refund", "Other"
@@ -90,6 +93,8 @@ def test_confidence_of_one_is_in_the_last_bin() -> None:
 def test_results_without_confidence_have_no_calibration() -> None:
     """Not every model server returns log probabilities."""
     assert field_figures(FIELD, rows_of(PAIRS), KNOWN).calibration is None
+    odd = labelled_of({"processing_metadata": {"confidence": {FIELD: math.nan, "topic": 0.5}}}, (FIELD,))
+    assert odd.confidence == {"topic": 0.5}  # what is no number is none
 
 
 def test_no_rows_give_no_figures() -> None:

@@ -103,9 +103,13 @@ def test_kappa_of_a_known_table() -> None:
 
 
 def test_kappa_without_disagreement_or_without_choice() -> None:
-    """No interval is claimed without a disagreement, and no value if both use a single label."""
+    """No interval is claimed if the variance would be 0, and no value if both use a single label."""
     agreed = cohens_kappa([("a", "a"), ("b", "b")])
     assert (agreed.value, agreed.interval) == (1.0, None)
+    one_label = cohens_kappa([("a", "a")] * 4 + [("b", "a")] * 2)
+    assert (one_label.value, one_label.interval) == (pytest.approx(0.0), None)
+    opposite = cohens_kappa([("a", "b"), ("b", "a")] * 5)
+    assert (opposite.value, opposite.interval) == (pytest.approx(-1.0), None)
     single = cohens_kappa([("a", "a")] * 3)
     assert (single.agreed, single.value, single.interval) == (1.0, None, None)
 

@@ -100,9 +100,14 @@ async def test_unknown_labels_are_refused(store: DocumentStore, settings: Settin
 async def test_label_that_left_the_taxonomy_can_be_accepted(
     store: DocumentStore, settings: Settings, database: Data
 ) -> None:
-    """Of an earlier taxonomy; it cannot be chosen again."""
-    fill(database, [result(1, intent="Gone"), result(2)])
+    """Of an earlier taxonomy; it cannot be chosen again. Of several labels, it can be the one that stays."""
+    fill(database, [result(1, intent="Gone"), result(2), result(3, topic=["Gone", "Other"])])
     queue = open_queue(store, settings)
+    held = [await queue.next("ben")]
+    while held[-1] is not None and held[-1].source_id != 3:
+        await queue.skip("ben", held[-1].source_id)
+        held.append(await queue.next("ben"))
+    await queue.decide("ben", 3, {"topic": ["Gone"]})
     assert {item.labels["intent"] for item in [await accept(queue, "anna"), await accept(queue, "anna")] if item} == {
         "Gone",
         "Complaint",
@@ -114,6 +119,7 @@ async def test_field_with_several_labels_is_decided_as_a_list(
 ) -> None:
     """The order of the labels has no meaning."""
     fill(database, [result(1, topic=["Other", "Banking/Cards"]), result(2, topic=["Other"])])
+    database["sentimental_analysis"].update_many({}, {"$unset": {"classification.intent": ""}})
     queue = open_queue(store, settings)
     for _ in range(2):
         item = await queue.next("anna")
@@ -121,6 +127,8 @@ async def test_field_with_several_labels_is_decided_as_a_list(
         for wrong in (["Other", "Nonsense"], ["Other", "Other"], "Other"):
             with pytest.raises(ReviewLabelError):
                 await queue.decide("anna", item.source_id, {"topic": wrong})
+        with pytest.raises(ReviewLabelError, match="intent needs one label"):  # the model gave none
+            await queue.decide("anna", item.source_id, {"intent": ["Other"]})
         await queue.decide("anna", item.source_id, {"topic": ["Banking/Cards", "Other"]})
     found = [correction_of(one) for one in corrections(database)]
     assert [(one.label_to, one.is_accepted) for one in found] == [
@@ -205,12 +213,15 @@ async def test_lease_of_a_client_that_died_expires(store: DocumentStore, setting
 async def test_reload_shows_the_conversation_that_is_held(
     store: DocumentStore, settings: Settings, database: Data
 ) -> None:
+    """Also if two windows ask at once."""
     fill(database, [result(number) for number in range(5)])
-    first = await open_queue(store, settings).next("anna")
+    queue = open_queue(store, settings)
+    first, second = await asyncio.gather(queue.next("anna"), queue.next("anna"))
     again = await open_queue(store, settings).next("anna")
     assert first is not None
+    assert second is not None
     assert again is not None
-    assert first.source_id == again.source_id
+    assert first.source_id == second.source_id == again.source_id
     assert database["sentimental_analysis_review_leases"].count_documents({}) == 1
 
 
@@ -239,6 +250,15 @@ async def test_control_share_of_the_turns_is_random_and_recorded(
     assert len(drawn) == 3
     assert {one["sampling_probability"] for one in drawn} == {1 / 20}
     assert all("sampling_probability" in one for one in turns if one["source"] == "random")
+
+
+async def test_session_of_one_turn_can_be_a_control_turn(
+    store: DocumentStore, settings: Settings, database: Data
+) -> None:
+    """With a share of nearly 1 it nearly always is."""
+    fill(database, [result(1, 0.1)])
+    await accept(open_queue(store, settings, replace(DEFAULTS, control=0.999_999)), "anna")
+    assert {one["source"] for one in corrections(database)} == {"random"}
 
 
 async def test_control_sample_draws_conversations_that_were_decided_for_another_reason(
@@ -313,6 +333,15 @@ async def test_double_share_is_decided_by_two_reviewers(
     assert {one["source"] for one in corrections(database)} == {"confidence"}
 
 
+async def test_second_decisions_leave_the_control_sample_its_turns(
+    store: DocumentStore, settings: Settings, database: Data
+) -> None:
+    fill(database, [result(number, 0.4) for number in range(4)])
+    await accept(open_queue(store, settings, replace(DEFAULTS, double=1.0)), "anna")
+    await accept(open_queue(store, settings, replace(DEFAULTS, double=1.0, control=1.0)), "ben")
+    assert {one["source"] for one in corrections(database) if one["reviewer"] == "ben"} == {"random"}
+
+
 async def test_last_conversations_of_a_large_collection_are_found(
     store: DocumentStore, settings: Settings, database: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,5 +356,6 @@ async def test_conversations_that_are_gone_are_not_shown(
 ) -> None:
     fill(database, [result(number) for number in range(3)])
     database["conversation_set"].delete_one({"_id": 1})
-    database["sentimental_analysis"].insert_one({"source_conversation_id": "odd", "classification": None})
+    odd = [{"source_conversation_id": "odd", "classification": None}, {"classification": AGREED}]
+    database["sentimental_analysis"].insert_many(odd)
     assert sorted(await accepted(open_queue(store, settings), "anna")) == [0, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from aggregator import aggregate_conversation
@@ -36,6 +37,7 @@ def test_halves_do_not_overlap_and_do_not_change_as_more_is_reviewed() -> None:
     assert {one.source_id for one in first} <= {one.source_id for one in later[0]}
     assert {one.source_id for one in second} <= {one.source_id for one in later[1]}
     assert sum(map(len, halves(more, 10))) == 10
+    assert sum(map(len, halves([*more, replace(more[0], source_id="same text")], 100))) == 80
 
 
 def test_candidates_cover_frequent_mistakes_first() -> None:

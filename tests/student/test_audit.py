@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import orjson
 import pytest
 
 from student.audit import DRIFT_ERROR, LEAST_SHARE, LIMIT, MOST_SHARE, Audit
-
-
-def test_state_survives_json() -> None:
-    """A stored audit continues from its state."""
-    audit = Audit(0.95)
-    for agreed in (True, False, False, True):
-        audit.record(agreed)
-    again = Audit.from_state(orjson.loads(orjson.dumps(audit.state())))
-    assert again == audit
 
 
 def test_disagreement_sends_everything_to_the_model_until_it_is_outweighed() -> None:

@@ -21,10 +21,9 @@ def test_comparison_counts_once_in_the_file_and_in_the_running_test(tmp_path: Pa
         for number, key in enumerate(HASHES[:6]):
             log.record(key, 0.2, agreed=number != 3)
             log.record(key, 0.2, agreed=True)  # the same conversation again
-        state = log.audit.state()
-    assert (state["audited"], state["disagreed"]) == (6, 1)
-    with AuditLog(path, "student-0", Audit(0.9)) as log:
-        assert log.audit.state() == state
+    assert (log.audit.audited, log.audit.disagreed) == (6, 1)
+    with AuditLog(path, "student-0", Audit(0.9)) as again:
+        assert again.audit == log.audit
     for student, promise in (("student-1", 0.9), ("student-0", 0.95)):
         with AuditLog(path, student, Audit(promise)) as log:
             assert log.audit.audited == 0

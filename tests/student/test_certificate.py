@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student.certificate import Certificate, certify, feasibility, labels_needed, majority_risk
+from student.certificate import Certificate, certify, feasibility, labels_needed
 from tests.cases import mostly_thorough
 
 
@@ -149,7 +149,7 @@ def test_feasibility_says_how_many_conversations_are_needed() -> None:
     """A sample that no student can be certified with."""
     found = feasibility(0.1, 60, 0.95)
     assert not found.possible
-    assert "60 conversations for the certificate are too few: keep at least 110, better 504" in found.sentence
+    assert "the certificate has 60 held-out conversations and needs at least 110, better 504" in found.sentence
 
 
 def test_no_certificate_is_likely_for_a_student_that_is_never_right() -> None:
@@ -157,9 +157,3 @@ def test_no_certificate_is_likely_for_a_student_that_is_never_right() -> None:
     found = feasibility(1.0, 10_000, 0.9)
     assert not found.possible
     assert found.needed is None
-
-
-def test_majority_risk_is_that_of_the_most_frequent_combination() -> None:
-    """Counts of combinations of labels; without results, everything is at risk."""
-    assert majority_risk([60, 30, 10]) == pytest.approx(0.4)
-    assert majority_risk([]) == 1

@@ -128,6 +128,14 @@ def test_stored_student_is_the_same(kinds: list[int], features: Numbers, tmp_pat
         read.require_fields(WITH_LIST)
 
 
+def test_too_few_results_are_refused_with_what_was_left_out(kinds: list[int], features: Numbers) -> None:
+    """All results may be of another model; a run without --only stale changes nothing then."""
+    with pytest.raises(
+        ConfigurationError, match=r"there are 3\. Results left out: 3 of another model\. .* --only stale"
+    ):
+        trained(examples([{"kind": NAMES[kind]} for kind in kinds[:3]]), features[:3])
+
+
 def test_there_is_no_student_before_the_first_training(tmp_path: Path) -> None:
     assert load_student(tmp_path) is None
 

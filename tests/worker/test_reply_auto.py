@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def test_style_that_differs_is_not_used(site: Site) -> None:
     ended = site.run("--reply", "auto")
     assert ended.code == 0, ended.err
     assert chosen(site)["style"] == "labels"
-    assert requests(site) < 3 * MANY + MANY / 2 + MANY
+    asked = requests(site) - 3 * MANY  # the others were asked for in full, for labels, and by the run
+    assert asked < MANY / 2
+    [counts] = re.findall(r"reply style list: agrees with full in (\d+) of (\d+) conversations", ended.err)
+    assert 0 < int(counts[0]) < int(counts[1]) == asked  # those that were never asked do not count as different
     [result] = site.results.find().limit(1)
     assert "categorization" not in result["classification"]
 
@@ -70,6 +74,17 @@ def test_other_model_is_measured_again(site: Site) -> None:
     assert site.run("--reply", "auto", "--only", "stale", "--model", "qwen3:8b").code == 0
     assert requests(site) == count + 3 * MANY
     assert len(orjson.loads((site.directory / FILE).read_bytes())) == 2
+
+
+def test_model_that_goes_away_is_no_style_that_was_measured(site: Site) -> None:
+    """The choice would be full, for as long as the model and the prompt stay the same."""
+    assert site.model is not None
+    site.model.configure(faults=[{"kind": "model_not_found_404", "when": {"text": "Case"}}])
+    filled(site, MANY)
+    ended = site.run("--reply", "auto")
+    assert ended.code == 3
+    assert "has no model llama3.2" in ended.err
+    assert not (site.directory / FILE).exists()
 
 
 def test_too_few_conversations_keep_full(site: Site) -> None:
