@@ -50,7 +50,10 @@ class ServiceApp(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the lifespan."""
         if scope["type"] != "lifespan":
-            await super().__call__(scope, receive, send)
+            # uvicorn --root-path puts the prefix of a proxy before each path. The gate needs the path of the route, and links
+            # are relative.
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            await super().__call__({**scope, "path": path, "root_path": ""}, receive, send)
             return
 
         async def send_sentence(message: Message) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, free_port, run_to_the_end, serve
+from tests.service.service_process import (
+    CONVERSATION,
+    NO_MODEL,
+    WITH_PHRASES,
+    ServiceProcess,
+    free_port,
+    run_to_the_end,
+    serve,
+)
 
 KEY, NEW_KEY, OTHER = "helpdesk-key-0123456789", "helpdesk-key-9876543210", "crm-key-0123456789abcdef"
 KEYS = f"helpdesk:{KEY},helpdesk:{NEW_KEY},crm:{OTHER}"
@@ -63,6 +71,22 @@ def test_operator_pages_require_a_key_if_keys_are_set(
     else:
         assert (answer.status, answer.error) == (401, "AuthenticationError")
         assert "Bearer" in answer.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_path_that_differs_from_a_route_leads_nowhere(keyed: ServiceProcess, method: str) -> None:
+    """The router ignores a line end after a path; the gate would take it for another path, which needs no key."""
+    for path in (
+        "/metrics%0A",
+        "/openapi.json%0a",
+        "/labels%0A",
+        "/classify%0A",
+        "/similar%0A",
+        "//metrics",
+        "/metrics/",
+    ):
+        answer = keyed.request(method, path, CONVERSATION if method == "POST" else None)
+        assert (path, answer.status, answer.error) == (path, 404, "NotFoundError")
 
 
 def test_health_and_readiness_need_no_key(keyed: ServiceProcess) -> None:
@@ -131,9 +155,15 @@ def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: t
 
 @pytest.mark.parametrize("settings", [{"API_KEYS": KEYS}, {"API_ALLOW_UNAUTHENTICATED": "true"}], ids=["keys", "said"])
 def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path, settings: dict[str, str]) -> None:
-    """And then any host name is answered."""
-    with serve(tmp_path, "--host", OUTSIDE, **NO_MODEL, **settings) as service:
+    """And then any host name is answered. With uvicorn's --root-path, pages need a key and have relative links as well."""
+    settings = {**settings, "API_EXPOSE_DASHBOARD": "key" if "API_KEYS" in settings else "off"}
+    with serve(tmp_path, "--host", OUTSIDE, "--root-path", "/triad", **NO_MODEL, **settings) as service:
         assert service.request("GET", "/health", headers={"Host": "triad.example"}).status == 200
+        if "API_KEYS" in settings:
+            for path in ("/metrics", "/dashboard", "/dashboard/labels", "/openapi.json", "/nowhere/metrics"):
+                assert service.get(path).status == (404 if path == "/nowhere/metrics" else 401)
+            page = service.get("/dashboard/labels", {"X-API-Key": KEY}).body
+            assert b'href="../dashboard/dashboard.css"' in page
 
 
 @pytest.mark.parametrize(
