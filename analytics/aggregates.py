@@ -131,16 +131,22 @@ class LabelAnalytics:
         found.channels = dict(sorted(found.channels.items(), key=lambda item: (-item[1].n, item[0])))
         return found
 
-    async def crossed(self, first: str, second: str, view: Slice = ALL) -> Counter[tuple[str, str]]:
-        """Return how many results of *view* have each label of the field *first* with each of *second*."""
+    async def crossed(
+        self, first: str, second: str, view: Slice = ALL
+    ) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+        """Return how many results of *view* have each label of the field *first* with each of *second*, and with any."""
         key = {"first": f"$classification.{first}", "second": f"$classification.{second}"}
         question = Question(key, of_pair(self.fields.index(first), self.fields.index(second)))
-        counts: Counter[tuple[str, str]] = Counter()
+        counts, totals = Counter[tuple[str, str]](), Counter[str]()
         for group in await self._grouped(view, question):
+            others = labels_of(group["_id"].get("second"))
+            if others is None:
+                continue
             for one in labels_of(group["_id"].get("first")) or ():
-                for other in labels_of(group["_id"].get("second")) or ():
+                totals[one] += group["n"]
+                for other in others:
                     counts[one, other] += group["n"]
-        return counts
+        return counts, totals
 
     async def confidences(self, view: Slice = ALL) -> Confidences:
         """Return the confidence of the model in the results of *view*."""

@@ -80,11 +80,15 @@ class FieldReport:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """The count of each label of the field *rows* with each label of the field *columns*."""
+    """The count of each label of the field *rows* with each label of the field *columns*.
+
+    *totals* are the results of each row: fewer than its counts together, if a result can have several of *columns*.
+    """
 
     rows: str
     columns: str
     counts: Counter[tuple[str, str]]
+    totals: Counter[str]
 
 
 @dataclass(slots=True)
@@ -148,7 +152,7 @@ async def make_report(
         n=sum(one.n for one in models),
         n_corrected=corrected.result(),
         fields=[one.result() for one in fields],
-        crossings=[Crossing(*pair, one.result()) for pair, one in zip(pairs, crossings, strict=True)],
+        crossings=[Crossing(*pair, *one.result()) for pair, one in zip(pairs, crossings, strict=True)],
         comparison=comparison.result(),
         confidences=confidences.result(),
         models=models,

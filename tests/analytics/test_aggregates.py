@@ -12,6 +12,8 @@ from pymongo.database import Database
 
 from analytics import aggregates
 from analytics.aggregates import LabelAnalytics
+from analytics.label_report import Crossing
+from analytics.report_page import crossing_chart
 from analytics.slices import NO_CHANNEL, Slice
 from config import Taxonomy, load_settings
 from config.taxonomy import Field, Label
@@ -71,7 +73,7 @@ async def test_label_filter_means_corrected_labels(database: Place, analytics: A
     of_a, of_b = Slice(labels=(("topic", "A"),)), Slice(labels=(("topic", "B"),))
     assert (await analytics().field_counts("sentiment", view=of_a)).total.labels == {"Bad": 2, "Good": 1}
     assert (await analytics().field_counts("sentiment", view=of_b)).total.labels == {"Bad": 1}
-    assert await analytics().crossed("topic", "sentiment", of_a) == {("A", "Bad"): 2, ("A", "Good"): 1}
+    assert await analytics().crossed("topic", "sentiment", of_a) == ({("A", "Bad"): 2, ("A", "Good"): 1}, {"A": 3})
     assert sum(one.n for one in await analytics().models(of_b)) == 1
 
 
@@ -133,10 +135,13 @@ async def test_channels_that_are_no_text_count_as_no_channel(database: Place, an
 
 
 async def test_several_labels_of_a_field_count_each(database: Place, analytics: Any) -> None:
-    results = [result({"products": labels}) for labels in (["X", "Y"], ["Y"], [])]
+    """A share is one of results: those of a row can add up to more than 100 %."""
+    results = [result({"topic": "A", "products": labels}) for labels in (["X", "Y"], ["Y"], [])]
     fill(database, results, [correction(results[2], "products", ["X"])])
     counts = (await analytics().field_counts("products")).total
     assert (counts.n, counts.labels) == (3, {"X": 2, "Y": 2})
+    shown = crossing_chart(Crossing("topic", "products", *await analytics().crossed("topic", "products"))).table
+    assert '<th scope="row">A</th><td>3</td><td>66.7 %</td><td>66.7 %</td>' in shown
 
 
 async def test_labels_that_are_no_texts_are_not_counted(database: Place, analytics: Any) -> None:
