@@ -44,7 +44,6 @@ from utils.retry_utils import RetryPolicy
 LIMIT_S = 600.0  # for one pass
 MAX_GROUPS = 20_000  # that one pass returns, the largest first; real taxonomies have some hundreds
 MAX_CHARACTERS = 80  # of a label, channel or model
-REVIEWED_AMONG_EXAMPLES = 500  # results that examples may pass over because a person has decided them
 
 Order = Literal["confidence", "newest"]
 ALL = Slice()
@@ -230,14 +229,15 @@ class LabelAnalytics:
             "foreignField": "source_conversation_id",
             "as": "decisions",
         }
-        most = limit + REVIEWED_AMONG_EXAMPLES
+        decided = [{"$group": {"_id": "$source_conversation_id"}}, {"$count": "n"}]
+        most = limit + sum(one["n"] for one in await self._read(self._corrections_name, decided))
         stages: list[Document] = [
             project,
             {"$match": known},
             {"$sort": sort},
             {"$limit": most},
             {"$lookup": decisions},
-            {"$match": {"decisions": []}},
+            {"$match": {"decisions.field": {"$nin": list(self.fields)}}},
             {"$limit": limit},
         ]
         of_model: list[Document] = []

@@ -202,7 +202,8 @@ async def test_gold_pairs_are_of_the_control_sample_in_the_slice(database: Place
 
 async def test_examples_are_ids_with_labels_and_no_text(database: Place, analytics: Any) -> None:
     results = [result({"topic": "A"}, START + number * DAY, confidence=number / 10) for number in range(6)]
-    fill(database, results, [correction(results[0], "topic", "B", at=START)])
+    of_an_earlier_taxonomy = correction(results[1], "gone", "X")  # it hides nothing
+    fill(database, results, [correction(results[0], "topic", "B", at=START), of_an_earlier_taxonomy])
     lowest = await analytics().examples(limit=2)
     assert [one.confidence for one in lowest] == [0.1, 0.2]  # the lowest of all was reviewed
     newest = await analytics().examples(order="newest", limit=6)
@@ -212,6 +213,13 @@ async def test_examples_are_ids_with_labels_and_no_text(database: Place, analyti
     assert [one.labels["topic"] for one in await analytics().examples(Slice(labels=(("topic", "B"),)), "newest")] == [
         ("B",)
     ]
+
+
+async def test_examples_are_found_after_any_number_of_decisions(database: Place, analytics: Any) -> None:
+    results = [result({"topic": "A"}, confidence=number / 1000) for number in range(700)]
+    fill(database, results, [correction(one, "topic", "A") for one in results[:650]])
+    found = await analytics().examples(limit=3)
+    assert [one.confidence for one in found] == [0.65, 0.651, 0.652]
 
 
 async def test_groups_are_limited(database: Place, analytics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
