@@ -196,7 +196,7 @@ def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, d
     """The browser would add the key of Basic to it. Over plain http it sends only Origin."""
     database[WORKERS].insert_one(worker(1))
     foreign = [{"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}]
-    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}]
+    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}]
     own = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": service.url}]
     for headers in (*foreign, *own):
         answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **headers})
