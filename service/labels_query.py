@@ -76,6 +76,11 @@ class LabelsQuery:
         confidence = (self.least or 0.0, 1.0 if self.most is None else self.most) if is_bounded else None
         return Slice(self.since, self.until, self.channel, self.labels, confidence, self.model)
 
+    def options(self, field: str, taxonomy: Taxonomy) -> list[str]:
+        """Return the labels to choose from: those of *taxonomy*, and the one of this view, which may be of an earlier one."""
+        chosen = (label for name, label in self.labels if name == field)
+        return list(dict.fromkeys((*taxonomy.names(field), *chosen)))
+
     def with_label(self, field: str, label: str) -> str:
         """Return the query string of this view with one label more; another label of *field* is replaced."""
         return self.address(labels=(*(pair for pair in self.labels if pair[0] != field), (field, label)))
