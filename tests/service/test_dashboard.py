@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -206,13 +207,19 @@ def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, d
     assert len(stored["orders"]) == len(own)
 
 
-def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
-    away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
+@pytest.mark.parametrize("uri", ["mongodb://127.0.0.1:1", "mongodb+srv://nowhere.invalid/?connectTimeoutMS=200"])
+def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path, uri: str) -> None:
+    """Also if DNS does not know it. The log has the reason."""
+    away = {"MONGODB_URI": uri, "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
     with serve(tmp_path, **NO_MODEL, API_EXPOSE_DASHBOARD="key", **away) as process:
         page = process.get("/dashboard")
         assert (page.status, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
         assert b"MongoDB does not answer" in page.body
         assert process.request("POST", "/dashboard/runs/w1/stop").error == "StoreUnavailableError"
+        while (charts := process.get("/dashboard/charts")).status == 202:
+            time.sleep(0.02)
+        assert charts.status == 503
+        assert "(give an order to a worker)" in process.log
 
 
 def test_events_send_the_new_state_and_end_when_the_service_stops(service: ServiceProcess, database: Data) -> None:
