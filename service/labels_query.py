@@ -113,7 +113,7 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy, zone: tzinfo = UTC) ->
     view = LabelsQuery(
         since=since,
         until=until and until + timedelta(days=1),  # people mean the whole day
-        channel=NO_CHANNEL if "no_channel" in values else values.get("channel"),
+        channel=values.get("channel", NO_CHANNEL if "no_channel" in values else None),
         model=values.get("model"),
         labels=tuple((field, values[name]) for name, field in fields.items() if name in values),
         least=_share(values, "min"),
