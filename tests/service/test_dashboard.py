@@ -129,6 +129,10 @@ def test_every_dashboard_route_requires_a_key(service: ServiceProcess) -> None:
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
     assert "unsafe" not in policy
+    for answer in (page, service.get("/dashboard")):  # neither kept by a proxy, nor taken for another type
+        assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    assert "frame-ancestors 'none'" in policy  # a page of another site cannot put its own picture over the buttons
+    assert page.headers["cross-origin-resource-policy"] == "same-origin"
     assert b"<script>" not in page.body
     assert b"style=" not in page.body
 
