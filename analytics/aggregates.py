@@ -229,7 +229,7 @@ class LabelAnalytics:
             "foreignField": "source_conversation_id",
             "as": "decisions",
         }
-        decided = [{"$group": {"_id": "$source_conversation_id"}}, {"$count": "n"}]
+        decided: list[Document] = [{"$group": {"_id": "$source_conversation_id"}}, {"$count": "n"}]
         most = limit + sum(one["n"] for one in await self._read(self._corrections_name, decided))
         stages: list[Document] = [
             project,

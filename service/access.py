@@ -28,7 +28,7 @@ ASKED = (CLASSIFY, BATCH, JOBS, SIMILAR)  # for callers, within their rate limit
 OF_MANY = (BATCH, JOBS)  # conversations in one body
 WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
-WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
+WRONG_KEYS_PER_MINUTE = 60  # per address; a right key always passes, so the length of keys is what keeps guesses out
 
 _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
