@@ -24,7 +24,6 @@ from help_desks.reader import read_documents
 from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client
 from service.client.protocol import ServiceTarget
 from service.client.run import AnswerJournal, ClientRun, percentile
-from storage.files import remove_file
 from utils.process import number_between, stop_on_signals
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
@@ -80,10 +79,8 @@ async def _run(arguments: argparse.Namespace, target: ServiceTarget) -> int:
             f"Cannot create {arguments.output_dir} ({exc.strerror}); choose another --output-dir."
         ) from exc
     path = journal_path(arguments.output_dir, arguments.file)
-    if arguments.restart:
-        remove_file(path)
     stop = asyncio.Event()
-    journal = AnswerJournal(path, target.url)
+    journal = AnswerJournal(path, target.url, restart=arguments.restart)
     finished = False
     try:
         run = ClientRun(partial(read_documents, arguments.file), journal, stop)

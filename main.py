@@ -45,17 +45,20 @@ class ServiceApp(FastAPI):
     """A FastAPI that has the configuration of its uvicorn, and reports a failed start in one sentence."""
 
     server_config: uvicorn.Config | None = None
-    problem: str | None = None
+    problem: TriadError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the lifespan."""
         if scope["type"] != "lifespan":
-            await super().__call__(scope, receive, send)
+            # uvicorn --root-path puts the prefix of a proxy before each path. The gate needs the path of the route, and links
+            # are relative.
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            await super().__call__({**scope, "path": path, "root_path": ""}, receive, send)
             return
 
         async def send_sentence(message: Message) -> None:
             if message["type"] == "lifespan.startup.failed" and self.problem:
-                message["message"] = self.problem
+                message["message"] = str(self.problem)
             await send(message)
 
         self.server_config = server_config(receive)
@@ -79,7 +82,7 @@ def create_app(
                 settings, service_settings = given or (load_settings(), load_service_settings())
                 service = await start(settings, service_settings, app.server_config, open_search, stack)
             except TriadError as exc:
-                app.problem = str(exc)
+                app.problem = exc
                 raise
             has_sentence = settings.reply_style == "full"
             document = orjson.dumps(
@@ -129,7 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.exit_code
     application = create_app((settings, service_settings))
     sys.stderr.write(f"{_dashboard_address(service_settings)}\n")
-    uvicorn.run(application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False)
+    try:
+        uvicorn.run(
+            application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False
+        )
+    except SystemExit:  # uvicorn's own code of a failed start means another thing to a service manager
+        if application.problem is None:
+            raise
+        return application.problem.exit_code
     return ExitCode.DONE
 
 

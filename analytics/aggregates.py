@@ -44,7 +44,6 @@ from utils.retry_utils import RetryPolicy
 LIMIT_S = 600.0  # for one pass
 MAX_GROUPS = 20_000  # that one pass returns, the largest first; real taxonomies have some hundreds
 MAX_CHARACTERS = 80  # of a label, channel or model
-REVIEWED_AMONG_EXAMPLES = 500  # results that examples may pass over because a person has decided them
 
 Order = Literal["confidence", "newest"]
 ALL = Slice()
@@ -131,16 +130,22 @@ class LabelAnalytics:
         found.channels = dict(sorted(found.channels.items(), key=lambda item: (-item[1].n, item[0])))
         return found
 
-    async def crossed(self, first: str, second: str, view: Slice = ALL) -> Counter[tuple[str, str]]:
-        """Return how many results of *view* have each label of the field *first* with each of *second*."""
+    async def crossed(
+        self, first: str, second: str, view: Slice = ALL
+    ) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+        """Return how many results of *view* have each label of the field *first* with each of *second*, and with any."""
         key = {"first": f"$classification.{first}", "second": f"$classification.{second}"}
         question = Question(key, of_pair(self.fields.index(first), self.fields.index(second)))
-        counts: Counter[tuple[str, str]] = Counter()
+        counts, totals = Counter[tuple[str, str]](), Counter[str]()
         for group in await self._grouped(view, question):
+            others = labels_of(group["_id"].get("second"))
+            if others is None:
+                continue
             for one in labels_of(group["_id"].get("first")) or ():
-                for other in labels_of(group["_id"].get("second")) or ():
+                totals[one] += group["n"]
+                for other in others:
                     counts[one, other] += group["n"]
-        return counts
+        return counts, totals
 
     async def confidences(self, view: Slice = ALL) -> Confidences:
         """Return the confidence of the model in the results of *view*."""
@@ -224,14 +229,15 @@ class LabelAnalytics:
             "foreignField": "source_conversation_id",
             "as": "decisions",
         }
-        most = limit + REVIEWED_AMONG_EXAMPLES
+        decided: list[Document] = [{"$group": {"_id": "$source_conversation_id"}}, {"$count": "n"}]
+        most = limit + sum(one["n"] for one in await self._read(self._corrections_name, decided))
         stages: list[Document] = [
             project,
             {"$match": known},
             {"$sort": sort},
             {"$limit": most},
             {"$lookup": decisions},
-            {"$match": {"decisions": []}},
+            {"$match": {"decisions.field": {"$nin": list(self.fields)}}},
             {"$limit": limit},
         ]
         of_model: list[Document] = []

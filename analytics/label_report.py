@@ -80,11 +80,15 @@ class FieldReport:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """The count of each label of the field *rows* with each label of the field *columns*."""
+    """The count of each label of the field *rows* with each label of the field *columns*.
+
+    *totals* are the results of each row: fewer than its counts together, if a result can have several of *columns*.
+    """
 
     rows: str
     columns: str
     counts: Counter[tuple[str, str]]
+    totals: Counter[str]
 
 
 @dataclass(slots=True)
@@ -148,7 +152,7 @@ async def make_report(
         n=sum(one.n for one in models),
         n_corrected=corrected.result(),
         fields=[one.result() for one in fields],
-        crossings=[Crossing(*pair, one.result()) for pair, one in zip(pairs, crossings, strict=True)],
+        crossings=[Crossing(*pair, *one.result()) for pair, one in zip(pairs, crossings, strict=True)],
         comparison=comparison.result(),
         confidences=confidences.result(),
         models=models,
@@ -222,10 +226,19 @@ def crossed_fields(fields: Sequence[FieldReport]) -> list[tuple[str, str]]:
 
 
 async def _compared(analytics: LabelAnalytics, view: Slice, newest: datetime | None) -> Comparison | None:
-    """Return the changes against the period before; None if there is nothing before, or no time."""
-    until = view.until or (newest + timedelta(milliseconds=1) if newest else None)  # the end is exclusive
-    if until is None:
-        return None
+    """Return the changes against the period before; None if there is nothing before, or no time.
+
+    Without an end, that is the *newest* conversation, or now: a wrong date in the future would leave two empty periods.
+    """
+    moment = timedelta(milliseconds=1)  # the end is exclusive
+    ends = [view.until] if view.until else [min(newest, datetime.now(UTC)) + moment, newest + moment] if newest else []
+    for until in dict.fromkeys(ends):
+        if found := await _compared_until(until, analytics, view):
+            return found
+    return None
+
+
+async def _compared_until(until: datetime, analytics: LabelAnalytics, view: Slice) -> Comparison | None:
     since = view.since or until - LAST_DAYS
     if since >= until or until - since > since - datetime.min.replace(tzinfo=UTC):
         return None

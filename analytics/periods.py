@@ -1,9 +1,9 @@
-"""Days and ISO weeks as they are named in charts, such as 2026-11-30 and 2026-W49. Pure."""
+"""Days and ISO weeks as they are named in charts, such as 2026-11-30 and 2026-W49."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from analytics.slices import Period
 
@@ -23,7 +23,12 @@ def period_named(day: date, by: Period) -> str:
 
 
 def shown_periods(occurring: Collection[str], by: Period) -> list[str]:
-    """Return the periods from the first of *occurring* to the last, empty ones included; of more than MOST, the latest."""
+    """Return the periods from the first of *occurring* to the last, empty ones included; of more than MOST, the latest.
+
+    Those in the future are left out if there are others: one wrong date would push all others out of the chart.
+    """
+    tomorrow = period_named(datetime.now(UTC).date() + timedelta(days=1), by)  # it has begun in some time zones
+    occurring = [period for period in occurring if period <= tomorrow] or occurring
     if not occurring:
         return []
     step = timedelta(days=7 if by == "week" else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -102,18 +103,14 @@ def channel_chart(one: FieldReport, labels: Sequence[str]) -> Chart:
 
 def crossing_chart(crossing: Crossing) -> Chart:
     """Return the heat map of the shares within each row."""
-    rows, columns = (_most_frequent(crossing, side) for side in (0, 1))
-    rows, totals = (
-        rows[:MOST_ROWS],
-        [sum(crossing.counts[row, column] for column in columns) for row in rows[:MOST_ROWS]],
-    )
-    values = {
-        (row, column): crossing.counts[row, column] / total
-        for row, total in zip(rows, totals, strict=True)
-        for column in columns
-    }
+    of_columns = Counter[str]()
+    for (_, column), n in crossing.counts.items():
+        of_columns[column] += n
+    columns = _most_frequent(of_columns)[:MOST_CHANNELS]
+    rows, totals = _most_frequent(crossing.totals)[:MOST_ROWS], crossing.totals
+    values = {(row, column): crossing.counts[row, column] / totals[row] for row in rows for column in columns}
     title = f"{crossing.columns} by {crossing.rows}, % of each row"
-    return charts.heat_map(title, rows, columns[:MOST_CHANNELS], values, totals)
+    return charts.heat_map(title, rows, columns, values, [totals[row] for row in rows])
 
 
 def confidence_chart(confidences: Confidences) -> Chart | None:
@@ -142,8 +139,5 @@ def _share(counts: Counts, label: str) -> float | None:
     return counts.labels[label] / counts.n if counts.n else None
 
 
-def _most_frequent(crossing: Crossing, side: int) -> list[str]:
-    totals: dict[str, int] = {}
-    for pair, n in crossing.counts.items():
-        totals[pair[side]] = totals.get(pair[side], 0) + n
+def _most_frequent(totals: Counter[str]) -> list[str]:
     return sorted(totals, key=lambda label: (-totals[label], label))

@@ -11,7 +11,7 @@ import hmac
 import json
 import sys
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,13 +34,14 @@ def is_genuine(secret: str, headers: dict[str, str], body: bytes, now: float) ->
 class Receiver(BaseHTTPRequestHandler):
     """Answers 204 to a genuine message, and 400 to all others."""
 
+    timeout = 10  # seconds without a byte
     secret = ""
     seen: ClassVar[set[str]] = set()
 
     def do_POST(self) -> None:
         """Check the signature before anything else is believed. A message may come twice, with the same webhook-id."""
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(min(length, MAX_BODY_BYTES))
+        length = self.headers.get("Content-Length", "")
+        body = self.rfile.read(min(int(length), MAX_BODY_BYTES)) if length.isdecimal() else b""
         headers = {name.lower(): value for name, value in self.headers.items()}
         if not is_genuine(self.secret, headers, body, time.time()):
             self.send_error(400)
@@ -59,7 +60,7 @@ class Receiver(BaseHTTPRequestHandler):
 def main(port: str, secret_file: str) -> None:
     """Serve until Ctrl-C."""
     Receiver.secret = Path(secret_file).read_text(encoding="ascii").strip()
-    HTTPServer(("127.0.0.1", int(port)), Receiver).serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", int(port)), Receiver).serve_forever()
 
 
 if __name__ == "__main__":

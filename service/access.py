@@ -28,13 +28,15 @@ ASKED = (CLASSIFY, BATCH, JOBS, SIMILAR)  # for callers, within their rate limit
 OF_MANY = (BATCH, JOBS)  # conversations in one body
 WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
-WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
+WRONG_KEYS_PER_MINUTE = 60  # per address; a right key always passes, so the length of keys is what keeps guesses out
 
 _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
 
 def route_of(path: str) -> str:
     """Return the route of *path*, or ``other``: a closed list, safe for metrics and logs."""
+    if not path.isprintable():  # Starlette's patterns end in $, which also matches before a line end: /metrics%0A
+        return "other"
     if path == DASHBOARD_EVENTS:
         return path
     for page in (DOCS, JOBS, REVIEW, DASHBOARD):
@@ -50,6 +52,7 @@ class ServiceGate:
         self._keys = KeyRing(settings.named_keys)
         self._is_local_only = not self._keys and not settings.allow_unauthenticated
         self._exposure: dict[str, Exposure] = {
+            **dict.fromkeys((HEALTH, READY), "public"),
             **dict.fromkeys((CLASSIFY, BATCH, LABELS), "key"),
             JOBS: settings.expose_jobs,
             SIMILAR: "key",
@@ -77,7 +80,7 @@ class ServiceGate:
         """
         if self._is_local_only and not _THIS_MACHINE.fullmatch(headers.get(b"host", b"localhost")):
             raise RequestError(WRONG_HOST)  # DNS rebinding: a web page reaches this machine under its own host name
-        exposure = self._exposure.get(route, "public")
+        exposure = self._exposure.get(route, "off")
         if exposure == "off":
             raise RequestError(NOT_FOUND)
         address = str(client[0]) if client else ""

@@ -187,17 +187,22 @@ def conversation_of(request: ClassificationRequest, settings: ServiceSettings) -
 def invalid_request(problems: Iterable[Mapping[str, Any]]) -> RequestError:
     """Return the INVALID error for the first three validation *problems*.
 
-    It names the fields and never quotes the request. The name of an unknown field is part of the request as well, so it is
-    shown only if it is a plain name.
+    It names the fields and never quotes the request. Names of unknown fields, and of those of a mapping, are part of the
+    request as well, so they are shown only if they are plain names.
     """
     sentences = []
     for problem in list(problems)[:3]:
         unknown = problem["type"] == "extra_forbidden"
         name = str(problem["loc"][-1])
         source, *path = problem["loc"][: -1 if unknown else None]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+        shown = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_shown(part)]
+        place = "".join(shown).lstrip(".")
         fault = problem["msg"].removeprefix("Input ")
         if unknown:
-            fault = f"unknown field {name}" if _PLAIN_NAME.fullmatch(name) else "unknown field"
+            fault = f"unknown field {name}" if _is_shown(name) else "unknown field"
         sentences.append(f"{place or source}: {fault}")
     return RequestError(errors.INVALID, "; ".join(sentences) + ".")
+
+
+def _is_shown(part: str | int) -> bool:
+    return isinstance(part, int) or _PLAIN_NAME.fullmatch(part) is not None

@@ -12,7 +12,7 @@ from analytics.charts import STYLE
 from analytics.figures import Example
 from analytics.svg import patterns
 from domain.conversation import Turn
-from error_handler import RequestError, SkippedDocumentError, StoreError, TriadError
+from error_handler import ConfigurationError, RequestError, SkippedDocumentError, StoreError, TriadError
 from service import errors
 from service.access import DASHBOARD
 from service.dashboard import Dashboard
@@ -118,5 +118,6 @@ def _page(request: Request, query: LabelsQuery, status: int = 200, **values: Any
 def _problem(request: Request, query: LabelsQuery, problem: TriadError) -> Response:
     """Return the page with a sentence instead of the charts."""
     if not isinstance(problem, RequestError):
-        problem = RequestError(errors.STORE_AWAY) if isinstance(problem, StoreError) else RequestError(errors.INTERNAL)
+        is_away = isinstance(problem, StoreError | ConfigurationError)
+        problem = RequestError(errors.STORE_AWAY if is_away else errors.INTERNAL)
     return _page(request, query, problem.kind.status, problem=str(problem), charts=None)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 
-from error_handler import RequestError, StoreError
+from error_handler import ConfigurationError, RequestError, StoreError
 from service import errors
 from service.access import DASHBOARD, DASHBOARD_EVENTS
 from service.dashboard_routes import PAGE_HEADERS, back_to, dashboard_of, page_response
 from service.pages import require_own_page
 from storage.heartbeats import Action
+
+logger = logging.getLogger(__name__)
 
 SEND_EVERY_S = 2.0
 STREAM_S = 600.0  # then the browser connects again
@@ -53,6 +56,7 @@ async def order(heartbeat_id: str, action: Action, request: Request) -> Response
     try:
         if not await dashboard.within(request.state.deadline, given):
             raise RequestError(errors.NO_WORKER)
-    except StoreError as exc:
+    except (StoreError, ConfigurationError) as exc:
+        logger.warning("dashboard: %s", exc)
         raise errors.unavailable(errors.STORE_AWAY) from exc
     return back_to(request)

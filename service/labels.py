@@ -91,7 +91,7 @@ class LabelsTab:
                 fields.append(await field_report(self._analytics, name, query.by, view, notes))
                 self._progress[query] = f"{counted(len(fields), 'field')} done"
             for rows, columns in crossed_fields(fields):
-                crossings.append(Crossing(rows, columns, await self._analytics.crossed(rows, columns, view)))
+                crossings.append(Crossing(rows, columns, *await self._analytics.crossed(rows, columns, view)))
                 self._progress[query] = f"all fields and {counted(len(crossings), 'pair')} of fields done"
             confidences = await self._analytics.confidences(view)
             charts = await asyncio.to_thread(_drawn, fields, crossings, confidences, query.by)

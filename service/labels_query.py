@@ -76,6 +76,11 @@ class LabelsQuery:
         confidence = (self.least or 0.0, 1.0 if self.most is None else self.most) if is_bounded else None
         return Slice(self.since, self.until, self.channel, self.labels, confidence, self.model)
 
+    def options(self, field: str, taxonomy: Taxonomy) -> list[str]:
+        """Return the labels to choose from: those of *taxonomy*, and the one of this view, which may be of an earlier one."""
+        chosen = (label for name, label in self.labels if name == field)
+        return list(dict.fromkeys((*taxonomy.names(field), *chosen)))
+
     def with_label(self, field: str, label: str) -> str:
         """Return the query string of this view with one label more; another label of *field* is replaced."""
         return self.address(labels=(*(pair for pair in self.labels if pair[0] != field), (field, label)))
@@ -108,7 +113,7 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy, zone: tzinfo = UTC) ->
     view = LabelsQuery(
         since=since,
         until=until and until + timedelta(days=1),  # people mean the whole day
-        channel=NO_CHANNEL if "no_channel" in values else values.get("channel"),
+        channel=values.get("channel", NO_CHANNEL if "no_channel" in values else None),
         model=values.get("model"),
         labels=tuple((field, values[name]) for name, field in fields.items() if name in values),
         least=_share(values, "min"),

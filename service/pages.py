@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from fastapi import Request
 
 from error_handler import RequestError
@@ -38,6 +36,6 @@ async def require_own_page(request: Request) -> None:
     if site is not None:
         is_own = site in _OWN_SITES
     else:
-        is_own = origin is None or urlsplit(origin).netloc.lower() == headers.get(b"host", b"").lower()
+        is_own = origin is None or origin.partition(b"://")[2].lower() == headers.get(b"host", b"none").lower()
     if not is_own:
         raise RequestError(errors.CROSS_SITE)

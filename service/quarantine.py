@@ -177,7 +177,8 @@ class QuarantineInMongoDB:
         found = await self._store.read_documents("failed", [document_id])
         if not found:
             return None
-        row = FailedRow(id_json, id_text(document_id), one_line(str(found[0].get("status_reason")), ERROR_CHARACTERS))
+        reason = str(found[0].get(self._store.states.reason))
+        row = FailedRow(id_json, id_text(document_id), one_line(reason, ERROR_CHARACTERS))
         return FailedDetail(row, {}, _turns(found[0]))
 
     async def replay(self, selected: Selected) -> Outcome:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from error_handler import TriadError
+from error_handler import RequestError, TriadError
 from service import errors
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Recent(Generic[K, V]):
 
         Raises:
             RequestError: QUEUE_FULL if MAX_WAITING other computations wait.
-            TriadError: The first computation failed; the next call tries again.
+            TriadError: The first computation failed, by a bug if it is INTERNAL; the next call tries again.
         """
         if key in self._problems:
             raise self._problems.pop(key)
@@ -92,7 +92,11 @@ class Recent(Generic[K, V]):
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        elif isinstance(problem, TriadError):  # of others, asyncio logs the traceback
+            return
+        if isinstance(problem, TriadError):
             logger.warning("dashboard: %s", problem)
-            if key not in self._kept and len(self._problems) < MAX_KEPT:
-                self._problems[key] = problem
+        else:
+            logger.error("dashboard: figures cannot be computed", exc_info=problem)
+            problem = RequestError(errors.INTERNAL)
+        if key not in self._kept and len(self._problems) < MAX_KEPT:
+            self._problems[key] = problem

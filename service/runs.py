@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from error_handler import StoreError
+from error_handler import ConfigurationError, StoreError
 from storage.heartbeats import LOST_AFTER_S, Action, Order, give_order, heartbeats, read_all
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Runs:
                 return self._view
             try:
                 self._view = view_of(await read_all(self._heartbeats))
-            except StoreError as exc:
+            except (StoreError, ConfigurationError) as exc:
                 if not self._view.problem:
                     logger.warning("dashboard: %s", exc)
                 self._view = RunsView(self._view.active, self._view.ended, self._view.more_active, AWAY)

@@ -53,8 +53,8 @@ class AnswerJournal:
     position of each answer.
     """
 
-    def __init__(self, path: Path, url: str) -> None:
-        """Open or create the journal and read its answers.
+    def __init__(self, path: Path, url: str, *, restart: bool = False) -> None:
+        """Open or create the journal and read its answers; *restart* discards them.
 
         Raises:
             DirectoryLockedError: Another run has it open.
@@ -72,6 +72,8 @@ class AnswerJournal:
                 raise DirectoryLockedError(f"Another run is using {path}; wait until it ends.") from exc
             except OSError as exc:
                 raise StateDirectoryError(f"Cannot lock {path} ({exc.strerror}); choose another --output-dir.") from exc
+            if restart:
+                os.ftruncate(self._handle, 0)
             self._replay(url)
             on_error.pop_all()
 

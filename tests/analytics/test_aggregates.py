@@ -12,6 +12,8 @@ from pymongo.database import Database
 
 from analytics import aggregates
 from analytics.aggregates import LabelAnalytics
+from analytics.label_report import Crossing
+from analytics.report_page import crossing_chart
 from analytics.slices import NO_CHANNEL, Slice
 from config import Taxonomy, load_settings
 from config.taxonomy import Field, Label
@@ -71,7 +73,7 @@ async def test_label_filter_means_corrected_labels(database: Place, analytics: A
     of_a, of_b = Slice(labels=(("topic", "A"),)), Slice(labels=(("topic", "B"),))
     assert (await analytics().field_counts("sentiment", view=of_a)).total.labels == {"Bad": 2, "Good": 1}
     assert (await analytics().field_counts("sentiment", view=of_b)).total.labels == {"Bad": 1}
-    assert await analytics().crossed("topic", "sentiment", of_a) == {("A", "Bad"): 2, ("A", "Good"): 1}
+    assert await analytics().crossed("topic", "sentiment", of_a) == ({("A", "Bad"): 2, ("A", "Good"): 1}, {"A": 3})
     assert sum(one.n for one in await analytics().models(of_b)) == 1
 
 
@@ -133,10 +135,13 @@ async def test_channels_that_are_no_text_count_as_no_channel(database: Place, an
 
 
 async def test_several_labels_of_a_field_count_each(database: Place, analytics: Any) -> None:
-    results = [result({"products": labels}) for labels in (["X", "Y"], ["Y"], [])]
+    """A share is one of results: those of a row can add up to more than 100 %."""
+    results = [result({"topic": "A", "products": labels}) for labels in (["X", "Y"], ["Y"], [])]
     fill(database, results, [correction(results[2], "products", ["X"])])
     counts = (await analytics().field_counts("products")).total
     assert (counts.n, counts.labels) == (3, {"X": 2, "Y": 2})
+    shown = crossing_chart(Crossing("topic", "products", *await analytics().crossed("topic", "products"))).table
+    assert '<th scope="row">A</th><td>3</td><td>66.7 %</td><td>66.7 %</td>' in shown
 
 
 async def test_labels_that_are_no_texts_are_not_counted(database: Place, analytics: Any) -> None:
@@ -197,7 +202,8 @@ async def test_gold_pairs_are_of_the_control_sample_in_the_slice(database: Place
 
 async def test_examples_are_ids_with_labels_and_no_text(database: Place, analytics: Any) -> None:
     results = [result({"topic": "A"}, START + number * DAY, confidence=number / 10) for number in range(6)]
-    fill(database, results, [correction(results[0], "topic", "B", at=START)])
+    of_an_earlier_taxonomy = correction(results[1], "gone", "X")  # it hides nothing
+    fill(database, results, [correction(results[0], "topic", "B", at=START), of_an_earlier_taxonomy])
     lowest = await analytics().examples(limit=2)
     assert [one.confidence for one in lowest] == [0.1, 0.2]  # the lowest of all was reviewed
     newest = await analytics().examples(order="newest", limit=6)
@@ -207,6 +213,13 @@ async def test_examples_are_ids_with_labels_and_no_text(database: Place, analyti
     assert [one.labels["topic"] for one in await analytics().examples(Slice(labels=(("topic", "B"),)), "newest")] == [
         ("B",)
     ]
+
+
+async def test_examples_are_found_after_any_number_of_decisions(database: Place, analytics: Any) -> None:
+    results = [result({"topic": "A"}, confidence=number / 1000) for number in range(700)]
+    fill(database, results, [correction(one, "topic", "A") for one in results[:650]])
+    found = await analytics().examples(limit=3)
+    assert [one.confidence for one in found] == [0.65, 0.651, 0.652]
 
 
 async def test_groups_are_limited(database: Place, analytics: Any, monkeypatch: pytest.MonkeyPatch) -> None:

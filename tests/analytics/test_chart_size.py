@@ -41,7 +41,7 @@ def test_charts_of_the_shipped_taxonomy_fit_into_a_page(by: Period) -> None:
     drawn = [chart for name in names for chart in field_charts(report_of(name, by), by)]
     for name in ("intent", "topic"):
         pairs = Counter({(row, column): 77 for row in load_taxonomy().names(name) for column in ("P", "N", "X")})
-        drawn.append(crossing_chart(Crossing(name, "sentiment", pairs)))
+        drawn.append(crossing_chart(Crossing(name, "sentiment", pairs, Counter(row for row, _ in pairs))))
     confidence = confidence_chart(Confidences(tuple(range(1, BINS + 1)), {}, 0))
     assert confidence is not None
     sizes = {chart.title: len(chart.with_link("tables?by=day")) for chart in [*drawn, confidence]}

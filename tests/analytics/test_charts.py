@@ -108,8 +108,8 @@ def test_more_series_than_can_be_told_apart_are_in_the_table_only() -> None:
 
 
 def test_periods_without_results_are_shown() -> None:
-    assert shown_periods(["2026-W53", "2027-W02"], "week") == ["2026-W53", "2027-W01", "2027-W02"]
-    assert shown_periods(["2026-02-28", "2026-03-01"], "day") == ["2026-02-28", "2026-03-01"]
+    assert shown_periods(["2020-W53", "2021-W02"], "week") == ["2020-W53", "2021-W01", "2021-W02"]
+    assert shown_periods(["2024-02-29", "2024-03-01"], "day") == ["2024-02-29", "2024-03-01"]
     assert shown_periods([], "day") == []
 
 
@@ -117,6 +117,7 @@ def test_one_odd_date_does_not_make_a_chart_of_a_thousand_years() -> None:
     shown = shown_periods(["0001-W02", "2026-W40"], "week")
     assert (len(shown), shown[-1]) == (MOST["week"], "2026-W40")
     assert shown_periods(["9998-12-31"], "day") == ["9998-12-31"]
+    assert shown_periods(["2026-W39", "2026-W40", "2199-W01"], "week") == ["2026-W39", "2026-W40"]
 
 
 @pytest.mark.parametrize("day", ["2026-12-31", "2027-01-03", "2024-12-30", "0001-01-03"])

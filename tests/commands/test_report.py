@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,17 @@ def test_week_after_an_outage_is_a_significant_change(place: Site, database: Pla
         ["Negative", "0.0 %", "100.0 %", "+100.0"],
         ["Positive", "100.0 %", "0.0 %", "-100.0"],
     ]
+
+
+def test_wrong_date_in_the_future_leaves_changes_and_charts(place: Site, database: Place) -> None:
+    days_ago = (2, 9, -60_000)
+    database.sentimental_analysis.insert_many(
+        [result(LABELS, datetime.now(UTC) - timedelta(days=days)) for days in days_ago]
+    )
+    assert report(place).code == 0
+    page = page_of(place)
+    assert "against the period of equal length before" in page
+    assert "219" not in "".join(re.findall(r'<th scope="row">(\d{4}-W\d\d)</th>', page))
 
 
 def test_period_is_in_the_time_zone_and_a_date_includes_its_day(place: Site, database: Place) -> None:

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.service_process import NO_MODEL, WITH_PHRASES, ServiceProcess, free_port, run_to_the_end, serve
+from tests.service.service_process import (
+    CONVERSATION,
+    NO_MODEL,
+    WITH_PHRASES,
+    ServiceProcess,
+    free_port,
+    run_to_the_end,
+    serve,
+)
 
 KEY, NEW_KEY, OTHER = "helpdesk-key-0123456789", "helpdesk-key-9876543210", "crm-key-0123456789abcdef"
 KEYS = f"helpdesk:{KEY},helpdesk:{NEW_KEY},crm:{OTHER}"
 OUTSIDE = "0.0.0.0"
+MAIN = (str(Path(__file__).parents[2] / "main.py"),)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +72,22 @@ def test_operator_pages_require_a_key_if_keys_are_set(
     else:
         assert (answer.status, answer.error) == (401, "AuthenticationError")
         assert "Bearer" in answer.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_path_that_differs_from_a_route_leads_nowhere(keyed: ServiceProcess, method: str) -> None:
+    """The router ignores a line end after a path; the gate would take it for another path, which needs no key."""
+    for path in (
+        "/metrics%0A",
+        "/openapi.json%0a",
+        "/labels%0A",
+        "/classify%0A",
+        "/similar%0A",
+        "//metrics",
+        "/metrics/",
+    ):
+        answer = keyed.request(method, path, CONVERSATION if method == "POST" else None)
+        assert (path, answer.status, answer.error) == (path, 404, "NotFoundError")
 
 
 def test_health_and_readiness_need_no_key(keyed: ServiceProcess) -> None:
@@ -119,7 +144,7 @@ def test_pages_switched_off_return_404_and_foreign_hosts_421(tmp_path: Path) -> 
 )
 def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
     """One sentence that names the settings, and no listening socket."""
-    command = (*start[:-1], str(Path(__file__).parents[2] / "main.py")) if start == ("main.py",) else start
+    command = MAIN if start == ("main.py",) else start
     ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), **NO_MODEL)
     assert ended.returncode == (2 if start == ("main.py",) else 3)  # 3 is uvicorn's
     assert (
@@ -131,15 +156,22 @@ def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: t
 
 @pytest.mark.parametrize("settings", [{"API_KEYS": KEYS}, {"API_ALLOW_UNAUTHENTICATED": "true"}], ids=["keys", "said"])
 def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path, settings: dict[str, str]) -> None:
-    """And then any host name is answered."""
-    with serve(tmp_path, "--host", OUTSIDE, **NO_MODEL, **settings) as service:
+    """And then any host name is answered. With uvicorn's --root-path, pages need a key and have relative links as well."""
+    settings = {**settings, "API_EXPOSE_DASHBOARD": "key" if "API_KEYS" in settings else "off"}
+    with serve(tmp_path, "--host", OUTSIDE, "--root-path", "/triad", **NO_MODEL, **settings) as service:
         assert service.request("GET", "/health", headers={"Host": "triad.example"}).status == 200
+        if "API_KEYS" in settings:
+            for path in ("/metrics", "/dashboard", "/dashboard/labels", "/openapi.json", "/nowhere/metrics"):
+                assert service.get(path).status == (404 if path == "/nowhere/metrics" else 401)
+            page = service.get("/dashboard/labels", {"X-API-Key": KEY}).body
+            assert b'href="../dashboard/dashboard.css"' in page
 
 
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
         ({"API_KEYS": "helpdesk:short-SECRET"}, "API_KEYS"),
+        ({"TAXONOMY_FILE": "missing.yaml"}, "TAXONOMY_FILE"),
         pytest.param({"OLLAMA_MODEL": "gpt-oss:120b-cloud"}, "cloud", marks=pytest.mark.thorough),
     ],
     ids=lambda value: str(value)[:40],
@@ -147,9 +179,10 @@ def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path
 def test_invalid_setting_fails_the_start_with_one_sentence(
     tmp_path: Path, variables: dict[str, str], named: str
 ) -> None:
-    """It is named, and its value, which may be a secret, is not shown."""
-    ended = run_to_the_end(tmp_path, "-m", "uvicorn", "main:app", "--port", str(free_port()), **variables)
-    assert ended.returncode != 0
+    """It is named, and its value, which may be a secret, is not shown. Exit code 2 of main.py tells systemd not to repeat it."""
+    program = MAIN if named == "TAXONOMY_FILE" else ("-m", "uvicorn", "main:app")
+    ended = run_to_the_end(tmp_path, *program, "--port", str(free_port()), **variables)
+    assert ended.returncode == (2 if program is MAIN else 3)
     assert named in ended.stderr
     assert "SECRET" not in ended.stderr
     assert "Traceback" not in ended.stderr

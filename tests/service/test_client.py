@@ -592,7 +592,8 @@ def test_two_runs_of_one_file_exclude_each_other(tmp_path: Path, capsys: pytest.
     file = write_file(tmp_path, 40)
     with stuck_after(1, file, 2) as (service, process):
         asked = len(service.requests)
-        assert run_production(service, file) == ExitCode.LOCKED
+        for flags in ((), ("--restart",)):
+            assert run_production(service, file, *flags) == ExitCode.LOCKED
         assert len(service.requests) == asked
         service.open.set()
         assert process.wait(WAIT_S) == ExitCode.DONE

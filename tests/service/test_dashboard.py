@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -128,6 +129,10 @@ def test_every_dashboard_route_requires_a_key(service: ServiceProcess) -> None:
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
     assert "unsafe" not in policy
+    for answer in (page, service.get("/dashboard")):  # neither kept by a proxy, nor taken for another type
+        assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    assert "frame-ancestors 'none'" in policy  # a page of another site cannot put its own picture over the buttons
+    assert page.headers["cross-origin-resource-policy"] == "same-origin"
     assert b"<script>" not in page.body
     assert b"style=" not in page.body
 
@@ -196,7 +201,7 @@ def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, d
     """The browser would add the key of Basic to it. Over plain http it sends only Origin."""
     database[WORKERS].insert_one(worker(1))
     foreign = [{"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}]
-    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}]
+    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}]
     own = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": service.url}]
     for headers in (*foreign, *own):
         answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **headers})
@@ -206,13 +211,19 @@ def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, d
     assert len(stored["orders"]) == len(own)
 
 
-def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
-    away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
+@pytest.mark.parametrize("uri", ["mongodb://127.0.0.1:1", "mongodb+srv://nowhere.invalid/?connectTimeoutMS=200"])
+def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path, uri: str) -> None:
+    """Also if DNS does not know it. The log has the reason."""
+    away = {"MONGODB_URI": uri, "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
     with serve(tmp_path, **NO_MODEL, API_EXPOSE_DASHBOARD="key", **away) as process:
         page = process.get("/dashboard")
         assert (page.status, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
         assert b"MongoDB does not answer" in page.body
         assert process.request("POST", "/dashboard/runs/w1/stop").error == "StoreUnavailableError"
+        while (charts := process.get("/dashboard/charts")).status == 202:
+            time.sleep(0.02)
+        assert charts.status == 503
+        assert "(give an order to a worker)" in process.log
 
 
 def test_events_send_the_new_state_and_end_when_the_service_stops(service: ServiceProcess, database: Data) -> None:

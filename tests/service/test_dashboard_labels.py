@@ -107,6 +107,9 @@ def test_filters_are_applied_and_kept_in_the_links(service: ServiceProcess) -> N
     assert row(page(service, "/tables?label.intent=Refund+Request&by=day"), "2026-06-10") == ["1", "100.0 %"]
     assert "labels?by=day&amp;label.intent=Refund+Request&amp;label.topic=Shipping%2FDelivery" in html
     assert 'aria-label="Remove the filter intent: Refund Request"' in html
+    form = service.get("/dashboard/labels?no_channel=1&label.topic=Of+an+earlier+taxonomy", KEY).body.decode()
+    assert '<input type="hidden" name="no_channel" value="1">' in form
+    assert "<option selected>Of an earlier taxonomy</option>" in form
     wrong = service.get("/dashboard/charts?min=2", KEY)
     assert (wrong.status, wrong.error) == (422, "ValidationError")
 

@@ -87,12 +87,15 @@ def test_quarantine_of_a_worker_is_listed_escaped_and_without_text(with_files: S
     assert "replay does not ask the model again" in detail
     assert "DASHBOARD_SHOW_TEXT=true" in detail
     assert CANARY not in shown + detail
+    assert LABELS["intent"] in detail
+    assert LABELS["categorization"] not in detail  # it may repeat what the customer wrote
     assert with_files.get(f"{PAGE}/show{one('nobody')}", KEY).status == 404
 
 
 def test_text_is_shown_if_the_setting_allows_it(start: Start, directory: Path) -> None:
     with start(DASHBOARD_BATCH_FILES_DIR=str(directory), DASHBOARD_SHOW_TEXT="true") as service:
         assert f"{CANARY} of d" in page(service, f"/show{one('d')}")
+        assert LABELS["categorization"] in page(service, f"/show{one('d')}")
         assert CANARY not in page(service)
         assert CANARY not in service.log
 

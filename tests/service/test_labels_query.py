@@ -42,6 +42,7 @@ def test_links_add_replace_and_remove_a_filter() -> None:
     assert parsed(view.without_label("topic")[1:]) == LabelsQuery(channel="chat")
     assert parsed(view.address(channel=None)[1:]).channel is None
     assert parsed(view.address(channel="")[1:]).channel == ""
+    assert parsed("no_channel=1&channel=chat").channel == "chat"  # the form keeps the first one
 
 
 def test_bounds_of_the_confidence_may_be_open() -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo.database import Database
 
+from config import load_settings
 from error_handler import DirectoryLockedError, Reason, StateDirectoryError
-from service.quarantine import Outcome, QuarantineFiles, Selected
+from mongo_client import DocumentStore
+from service.quarantine import Outcome, QuarantineFiles, QuarantineInMongoDB, Selected
 from storage.extended_json import canonical
 from tests.commands.test_quarantine import LABELS, failed
 from utils.batch_file_manager import BatchFiles
@@ -87,3 +90,16 @@ async def test_directory_that_is_missing_is_an_error_and_not_created(tmp_path: P
         with pytest.raises(StateDirectoryError, match="there is no directory"):
             await action
     assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_detail_in_mongodb_has_the_reason_of_the_named_status(
+    database: Database[dict[str, Any]], mongodb_uri: str, db_name: str
+) -> None:
+    """STATUS_FIELD names it, and the field of the reason."""
+    settings = load_settings(None, mongodb_uri=mongodb_uri, db_name=db_name, status_field="triad")
+    database[settings.source_collection].insert_one({"_id": 7, "triad": "failed", "triad_reason": "empty: no answer"})
+    store = DocumentStore(settings)
+    detail = await QuarantineInMongoDB(store, settings).detail(canonical(7))
+    assert detail is not None
+    assert detail.row.reason == "empty: no answer"
+    await store.close()

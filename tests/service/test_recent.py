@@ -92,11 +92,17 @@ async def test_figures_of_few_keys_are_kept() -> None:
     await source.recent.close()
 
 
-async def test_failed_computation_is_reported_once_and_tried_again() -> None:
+async def test_failed_computation_is_reported_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Also if it is a bug: else the page would wait for ever, and the log would not tell why."""
     source = Source()
     source.go.set()
     source.problem = StoreUnavailableError("away")
     with pytest.raises(StoreUnavailableError):
         await source.get("a")
+    source.problem = OverflowError("date value out of range")
+    with pytest.raises(RequestError) as failed:
+        await source.get("a")
+    assert failed.value.kind.name == "InternalError"
+    assert caplog.records[-1].exc_info is not None
     source.problem = None
-    assert (await source.get("a")).value == 2
+    assert (await source.get("a")).value == 3

@@ -110,6 +110,7 @@ def test_wrong_decisions_are_refused(service: ServiceProcess, database: Data) ->
         ({"priority": "High"}, "a field"),
         ({}, "labels"),
         (3, "labels"),
+        ({"Nonsense of a customer": 3}, "labels"),
     ]
     for labels, message in wrong:
         answer = service.request("POST", "/review/decisions", {"source_id": source_id, "labels": labels}, key(ANNA))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pymongo.database import Database
 from standardwebhooks import Webhook
 
 from config.service_settings import load_service_settings
-from error_handler import ConfigurationError
+from error_handler import ConfigurationError, JobValidationError
+from network.guarded_resolver import GuardedResolver, is_allowed
 from service.webhooks import url_pattern
 from tests.fakes.webhook_receiver import receiving, status
 from tests.service.service_process import WITH_PHRASES, ServiceProcess, free_port, serve
@@ -94,6 +96,32 @@ def test_webhook_whose_origin_is_not_allowed_any_more_is_not_sent(site: Callable
 
 
 @pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        *(("93.184.216.34", True), ("10.0.0.5", True), ("fd00::5", True), ("2606:2800:220:1::1", True)),
+        *(("127.0.0.1", False), ("::1", False), ("0.0.0.0", False), ("169.254.169.254", False), ("fe80::1", False)),
+        *(("fd00:ec2::254", False), ("100.100.100.200", False), ("224.0.0.1", False)),
+        *(
+            ("::ffff:127.0.0.1", False),
+            ("::ffff:169.254.169.254", False),
+            ("64:ff9b::7f00:1", False),
+            ("2002:7f00:1::", False),
+        ),
+    ],
+)
+def test_name_may_not_lead_to_this_machine_or_to_credentials(address: str, allowed: bool) -> None:
+    """Also inside an IPv6 address. Private networks are the operator's."""
+    assert is_allowed("hooks.example", ipaddress.ip_address(address)) is allowed
+
+
+async def test_resolver_refuses_a_name_of_this_machine() -> None:
+    """The system's resolver knows 127.1, which is no address for a URL. This machine has its own name."""
+    with pytest.raises(JobValidationError):
+        await GuardedResolver().resolve("127.1")
+    assert await GuardedResolver().resolve("localhost")
+
+
+@pytest.mark.parametrize(
     ("url", "is_allowed"),
     [
         ("https://hooks.example.com", True),
@@ -152,9 +180,11 @@ def test_example_receives_a_webhook_and_refuses_a_forged_one(site: Callable[...,
                 assert receiver.stdout is not None
                 assert receiver.stdout.readline() == f"job {job}: 1 of 1 labelled\n"
                 forged = ServiceProcess(service.process, port, service.log_path)
+                silent = forged.connect()  # one that sends nothing does not keep the others waiting
                 signed = {"webhook-id": "a", "webhook-timestamp": str(int(datetime.now(UTC).timestamp()))}
                 for signature in ("", "v1,AAAA", "v1,"):
                     answer = forged.request("POST", "/", b"{}", {**signed, "webhook-signature": signature})
                     assert answer.status == 400
+                silent.close()
         finally:
             receiver.kill()
