@@ -48,7 +48,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _time(text: str) -> tuple[datetime, bool]:
     """Return a time, and whether *text* is a date; without a zone, it is in the zone of the report."""
     with suppress(ValueError):
-        return datetime.fromisoformat(text), len(text) <= len("2026-11-30")
+        if "W" not in text:  # a week, which Python takes for its Monday
+            return datetime.fromisoformat(text), len(text) <= len("2026-11-30")
     raise argparse.ArgumentTypeError("must be a date or a time, for example 2026-11-01 or 2026-11-01T08:00+01:00")
 
 

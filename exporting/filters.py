@@ -73,6 +73,8 @@ def label_filter(given: Iterable[tuple[str, str]], taxonomy: Taxonomy) -> dict[s
 
 def start_of(text: str) -> datetime:
     """Return the time *text* (ISO 8601; UTC if it has no zone); of a date, its start. Raise ValueError if it is no time."""
+    if "W" in text:
+        raise ValueError("a week, which Python takes for its Monday")
     at = datetime.fromisoformat(text)
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 

@@ -138,9 +138,9 @@ class JobService:
 
         async def work() -> JobPage:
             found = await self._store.find({"_id": job, "caller": caller})
-            if found is None:
-                raise RequestError(errors.JOB_NOT_FOUND)
             counts = await self._store.counts(job)
+            if found is None or sum(counts.values()) < found["total"]:  # its expiry or removal has begun
+                raise RequestError(errors.JOB_NOT_FOUND)
             page = await self._store.page(job, query.offset, query.limit)
             end = query.offset + query.limit
             return JobPage(

@@ -65,7 +65,10 @@ class LabelsQuery:
             "max": view.most,
             "by": view.by if view.by != "week" else None,
         }
-        pairs = [(name, f"{value:g}" if isinstance(value, float) else value) for name, value in values.items()]
+        pairs = [
+            (name, str(value).removesuffix(".0") if isinstance(value, float) else value)
+            for name, value in values.items()
+        ]
         pairs += [(PREFIX + field, label) for field, label in view.labels]
         return "?" + urlencode([(name, value) for name, value in pairs if value is not None])
 

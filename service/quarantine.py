@@ -21,7 +21,7 @@ from storage import extended_json
 from storage.extended_json import id_text
 from utils.batch_file_manager import BatchFiles
 from utils.failed_documents import FailedDocument
-from worker.failed_status import FailedInMongoDB, FailedStatus
+from worker.failed_status import NO_REASON, FailedInMongoDB, FailedStatus
 from worker.quarantine import discard, list_failed, requeue
 
 SHOWN = 100  # documents in the list
@@ -177,8 +177,9 @@ class QuarantineInMongoDB:
         found = await self._store.read_documents("failed", [document_id])
         if not found:
             return None
-        reason = str(found[0].get(self._store.states.reason))
-        row = FailedRow(id_json, id_text(document_id), one_line(reason, ERROR_CHARACTERS))
+        reason = found[0].get(self._store.states.reason)
+        shown = NO_REASON if reason is None else one_line(str(reason), ERROR_CHARACTERS)
+        row = FailedRow(id_json, id_text(document_id), shown)
         return FailedDetail(row, {}, _turns(found[0]))
 
     async def replay(self, selected: Selected) -> Outcome:

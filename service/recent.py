@@ -98,5 +98,7 @@ class Recent(Generic[K, V]):
         else:
             logger.error("dashboard: figures cannot be computed", exc_info=problem)
             problem = RequestError(errors.INTERNAL)
-        if key not in self._kept and len(self._problems) < MAX_KEPT:
+        if key not in self._kept:
             self._problems[key] = problem
+            if len(self._problems) > MAX_KEPT:  # the oldest, which nobody has asked for again
+                del self._problems[next(iter(self._problems))]

@@ -17,6 +17,8 @@ from storage.extended_json import Document
 from storage.selection import StateFields
 from utils.retry_utils import RetryPolicy
 
+NO_REASON = "no reason"  # of documents whose status another program has set
+
 
 @dataclass(frozen=True, slots=True)
 class FailedStatus:
@@ -40,7 +42,7 @@ class FailedInMongoDB:
         """Return the number of failed documents by reason, the most frequent first."""
         stages: list[Document] = [
             {"$match": self._states.queries["failed"]},
-            {"$group": {"_id": f"${self._states.reason}", "n": {"$sum": 1}}},
+            {"$group": {"_id": {"$ifNull": [f"${self._states.reason}", NO_REASON]}, "n": {"$sum": 1}}},
             {"$sort": {"n": -1, "_id": 1}},
         ]
         found = await self._store.aggregate("count the failed documents", stages)
@@ -85,16 +87,16 @@ def _query(states: StateFields, document_ids: Sequence[Any] | None, reason: str 
     if document_ids is not None:
         query["_id"] = {"$in": list(document_ids)}
     if reason is not None:
-        query[states.reason] = {"$eq": reason}
+        query[states.reason] = {"$eq": None if reason == NO_REASON else reason}
     return query
 
 
 def _failed(states: StateFields, row: Document) -> FailedStatus:
-    at, attempts = row.get(states.processed_at), row.get("processing_attempts")
+    at, attempts, reason = (row.get(name) for name in (states.processed_at, "processing_attempts", states.reason))
     failed_at = at.replace(tzinfo=at.tzinfo or UTC) if isinstance(at, datetime) else None
     return FailedStatus(
         row["_id"],
-        str(row.get(states.reason)),
+        NO_REASON if reason is None else str(reason),
         failed_at,
         attempts if isinstance(attempts, int) and not isinstance(attempts, bool) else None,
     )

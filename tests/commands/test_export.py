@@ -257,6 +257,7 @@ def test_filters_select_by_time_model_confidence_and_number(place: Site, flags: 
         (["--label", "intent=Complain"], "--label intent=Complain: the labels are Complaint, Technical Support,"),
         (["--label", "intent"], "must be FIELD=LABEL, for example intent=Complaint"),
         (["--since", "yesterday"], "must be a date or a time, for example 2026-11-01"),
+        (["--until", "2026-W48"], "must be a date or a time, for example 2026-11-01"),
         (["--until", "9999-12-31"], "must be a date or a time"),
         (["--confidence-below", "2"], "must be a number, 0 to 1"),
         (["--output", "-", "--format", "xlsx"], "--format xlsx cannot go to stdout: name a file with --output."),

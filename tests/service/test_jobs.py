@@ -84,6 +84,8 @@ def test_job_is_durable_then_labelled_and_its_text_is_removed(
         assert service.metric('triad_job_conversations_total{outcome="succeeded"}') == 5
         assert service.metric('triad_job_conversations_total{outcome="failed"}') == 1
         assert "parcel" not in service.log
+        database[ITEMS].delete_one({})  # the expiry has begun; what is gone has not failed
+        assert service.get(path).error == "JobNotFoundError"
     assert "parcel" not in str(list(database[ITEMS].find()))
     head = database[HEADS].find_one() or {}
     assert (head["expires_at"] - head["created_at"]).days == 7

@@ -24,7 +24,9 @@ def test_view_is_in_its_address() -> None:
     view = parsed(FULL)
     assert (view.since, view.until) == (datetime(2026, 6, 1, tzinfo=UTC), datetime(2026, 7, 1, tzinfo=UTC))
     assert (view.channel, view.least, view.most, view.by) == ("e-mail & web", 0.25, 0.5, "day")
-    assert parsed(view.address()[1:]) == view
+    for view in (parsed(FULL), parsed("min=0&max=1"), parsed("min=0.1234567")):
+        assert parsed(view.address()[1:]) == view
+    assert parsed("min=0&max=1").address() == "?min=0&max=1"
     assert view.is_filtered
 
 

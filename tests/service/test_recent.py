@@ -8,6 +8,7 @@ import pytest
 
 from error_handler import RequestError, StoreUnavailableError
 from service.recent import FRESH_S, MAX_KEPT, MAX_WAITING, Figures, Recent
+from tests.service.test_parts import settle
 
 
 class Source:
@@ -104,5 +105,11 @@ async def test_failed_computation_is_reported_once_and_tried_again(caplog: pytes
         await source.get("a")
     assert failed.value.kind.name == "InternalError"
     assert caplog.records[-1].exc_info is not None
+    source.problem = StoreUnavailableError("away")
+    for key in range(MAX_KEPT):  # views that nobody asks for again do not hide the problem of the next one
+        assert source.recent.last(str(key)) is None
+        await settle()
+    with pytest.raises(StoreUnavailableError):
+        await source.get("a")
     source.problem = None
-    assert (await source.get("a")).value == 3
+    assert (await source.get("a")).value == len(source.calls)

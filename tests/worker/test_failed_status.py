@@ -11,7 +11,7 @@ from pymongo.database import Database
 
 from mongo_client import DocumentStore
 from tests.review.review_site import settings_of
-from worker.failed_status import FailedInMongoDB
+from worker.failed_status import NO_REASON, FailedInMongoDB
 
 Data = Database[dict[str, Any]]
 AT = datetime(2026, 5, 1, 10, 30, tzinfo=UTC)
@@ -60,6 +60,14 @@ async def test_documents_are_set_back_as_their_shape_requires(in_mongodb: Failed
     assert await in_mongodb.retry(reason="empty") == 1
     assert await in_mongodb.retry() == 1
     assert await in_mongodb.counts() == {}
+
+
+async def test_documents_without_a_reason_are_listed_and_set_back(in_mongodb: FailedInMongoDB, database: Data) -> None:
+    """Another program has set their status."""
+    database["conversation_set"].insert_many([{"_id": 6, "status": "failed"}, failed(7, "") | {"status_reason": None}])
+    assert (await in_mongodb.counts())[NO_REASON] == 2
+    assert {one.reason for one in await in_mongodb.newest(NO_REASON, 9)} == {NO_REASON}
+    assert await in_mongodb.retry(reason=NO_REASON) == 2
 
 
 async def test_only_failed_documents_are_set_back(in_mongodb: FailedInMongoDB, database: Data) -> None:
