@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aggregator import known_sender, parse_time
+from aggregator import entry_text, known_sender, parse_time
 from domain.conversation import Sender
 from help_desks.columns import Options
 from help_desks.findings import Findings
@@ -95,10 +95,18 @@ def message(sender: Any, at: Any, text: Any, metadata: Mapping[str, Any] | None 
     fields = {
         "sender": sender,
         "timestamp": at,
-        "text": text if isinstance(text, str) else "" if text is None else str(text),
+        "text": _text(text),
     }
     made = {name: value for name, value in fields.items() if name == "text" or value not in (None, "")}
     return {**made, "metadata": dict(metadata)} if metadata else made
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return entry_text({"text": value}) or str(value)  # an object that holds the text, or a number
 
 
 def joined(parts: Sequence[Part]) -> Part:
@@ -136,7 +144,7 @@ def document_of(part: Part, desk: str, findings: Findings, place: str) -> Docume
     if subject and not any(str(each["text"]).strip() for each in part.messages):
         at = part.fields.get("created_at")
         rest = part.messages[0] if part.messages else message("customer", at, "")
-        part.messages = [{**rest, "text": str(subject)}, *part.messages[1:]]
+        part.messages = [{"sender": "customer", **rest, "text": str(subject)}, *part.messages[1:]]
         findings.note("conversation", "without a text; its subject is the text", place)
     made: Document = {"conversation_number": part.number, "messages": ordered(part.messages), "status": "pending"}
     if part.number is None:

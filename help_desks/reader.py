@@ -18,7 +18,7 @@ from aggregator import known_sender
 from domain.text import one_line
 from error_handler import ConfigurationError
 from help_desks import desks, rows, twcs
-from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns
+from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns, values_at
 from help_desks.files import Row, TextFile, table_rows, text_file
 from help_desks.findings import Findings
 from help_desks.json_files import json_values
@@ -81,12 +81,15 @@ class Export:
         source = table_rows(file)
         place = f"{self._path}, line 1"
         header = _unique(next(source, (0, []))[1])
+        if not header:
+            raise ConfigurationError(f"{place}: the file is empty; expected a header, then a row for each message.")
         desk = desk_of(header) if self._options.layout == "auto" else self._options.layout
         if desk == "twcs" and not self._options.maps:
             header = [name.strip().lower() for name in header]
             self._require_twcs(header, place)
             self.findings.layout = "twcs"
-            lines = ((line, dict(zip(header, row, strict=True))) for line, row in self._counted(source))
+            blank = dict.fromkeys(require_columns(self._options.dropped, header, place), "")
+            lines = ((line, {**dict(zip(header, row, strict=True)), **blank}) for line, row in self._counted(source))
             yield from twcs.threads(self._path, lines, self.findings)
             return
         layout = layout_with(header, self._options, desk, place)
@@ -177,7 +180,7 @@ class Export:
                     self.findings.note("record", "left out: it is no object", place)
 
         def column(name: str) -> Iterator[Any]:
-            return (value[name] for _, value, _ in self._records(file) if isinstance(value, dict) and value.get(name))
+            return (each for _, value, _ in self._records(file) for each in values_at(value, name) if each)
 
         return self._reader(layout, column, ()).documents(values())
 

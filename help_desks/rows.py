@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,21 @@ class RowReader:
 
     def _expanded(self, row: Record, place: str) -> Iterator[tuple[str, Record]]:
         """Yield *row*, or one row for each message if the path of the text goes through a list of objects."""
-        name = self.layout.columns.get("text", "").partition(".")[0]
-        if name in self.layout.columns.values() or not isinstance(row.get(name), list):
+        *names, _ = self.layout.columns.get("text", "").split(".")
+        inner: Any = row
+        path: list[str] = []
+        while names and isinstance(inner, dict):
+            path.append(names.pop(0))
+            inner = inner.get(path[-1])
+        if not isinstance(inner, list):
             yield place, row
             return
         if "conversation_number" not in self.layout.columns:
-            raise ConfigurationError(f"{self.path}: {name} is a list of messages; add --map conversation_number=FIELD.")
-        for each in row[name]:
-            yield place, {**copy.deepcopy(row), name: each}
+            raise ConfigurationError(
+                f"{self.path}: {'.'.join(path)} is a list of messages; add --map conversation_number=FIELD."
+            )
+        for each in inner or [{}]:
+            yield place, _with(row, path, each)
 
     def _grouped(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         with temporary_table(self.path) as table:
@@ -174,8 +182,17 @@ class RowReader:
             drop(row, name)
         taken = {}
         for name, column in self.layout.columns.items():
-            taken[name] = value = take(row, column)
+            value = take(row, column)
+            if isinstance(value, float) and math.isnan(value):  # pandas writes it for a missing value
+                value = None
+            taken[name] = value
             self.findings.became(column, _FIELDS.get(name, name), value not in (None, ""))
+        if ":" in str(clock := row.get(self.layout.clock)):
+            at = f"{taken['created_at']} {clock}"
+            if self.judge.dates.read(at) is not None:
+                taken["created_at"] = at
+                self.findings.became(self.layout.clock, _FIELDS["created_at"], True)
+                del row[self.layout.clock]
         return taken
 
     def _rest(self, row: Record) -> Document:
@@ -183,3 +200,10 @@ class RowReader:
         for name, value in row.items():
             self.findings.became(name, f"metadata.{key_name(name)}", value not in (None, "", [], {}))
         return kept
+
+
+def _with(record: Record, names: Sequence[str], value: Any) -> Record:
+    """Return a copy of *record* with *value* at the path of *names*; the old value there is not copied."""
+    head, *rest = names
+    new = _with(record[head], rest, value) if rest else value
+    return {name: new if name == head else copy.deepcopy(item) for name, item in record.items()}
