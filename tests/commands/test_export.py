@@ -258,6 +258,8 @@ def test_filters_select_by_time_model_confidence_and_number(place: Site, flags: 
         (["--label", "intent"], "must be FIELD=LABEL, for example intent=Complaint"),
         (["--since", "yesterday"], "must be a date or a time, for example 2026-11-01"),
         (["--until", "9999-12-31"], "must be a date or a time"),
+        (["--since", "0001-01-01T00:00+12:00"], "must be a date or a time"),
+        (["--since", "2026-11-02", "--until", "2026-11-01"], "--since 2026-11-02 00:00 UTC is not before --until"),
         (["--confidence-below", "2"], "must be a number, 0 to 1"),
         (["--output", "-", "--format", "xlsx"], "--format xlsx cannot go to stdout: name a file with --output."),
         (["--output", "labels"], "labels does not end in a format: add --format csv, for example."),
@@ -378,6 +380,7 @@ def test_text_is_exported_only_if_asked_for(place: Site, monkeypatch: pytest.Mon
     ended = export(place, "out.jsonl")
     assert SECRET not in (place.folder / "out.jsonl").read_text()
     assert "5 results with original_conversation: it is not exported; --text adds transcripts." in ended.err
+    assert "export: 1 result with original_conversation" in export(place, "out.jsonl", "--limit", "1").err
     row = rows_of(place.folder / "out.jsonl")[0]
     assert "transcript" not in row
     assert row["other_fields"] is None
