@@ -66,7 +66,8 @@ class Options:
     """How a file is read, as the flags of the import give it.
 
     *maps* maps a field to a column or a dotted path; an empty path leaves the field out. *is_day_first* settles dates such
-    as 03/04/2026 (None: the column decides). With *private_notes*, notes of agents among themselves become turns.
+    as 03/04/2026 (None: the column decides). With *private_notes*, notes of agents among themselves become turns. With
+    *adds_status*, conversations without a status are pending.
     """
 
     layout: str = "auto"
@@ -76,6 +77,7 @@ class Options:
     is_day_first: bool | None = None
     encoding: str | None = None
     private_notes: bool = False
+    adds_status: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,8 @@ class Judge:
     def is_note(self, value: Any, is_public: bool, place: str) -> bool:
         """Return whether *value* marks a private note that is left out; *is_public*: it is true for a public message."""
         name = str(value).strip().lower()
-        is_note = name in ("note", "private", "internal") or name.startswith("note_and_")  # Intercom: note_and_reopen
-        private = name in FALSE if is_public else name in TRUE or is_note
-        if private and not self.options.private_notes:
+        is_private = name.startswith(("note", "private", "internal")) or name in (FALSE if is_public else TRUE)
+        if is_private and not self.options.private_notes:
             self.findings.note("private note", "left out; --private-notes makes them turns of the agent", place)
             return True
         return False
@@ -139,14 +138,14 @@ def ordered(messages: list[Document]) -> list[Document]:
 
 
 def document_of(part: Part, desk: str, findings: Findings, place: str) -> Document:
-    """Return the document of the conversation *part*, pending; a conversation without a text has that of its subject."""
+    """Return the document of the conversation *part*; a conversation without a text has that of its subject."""
     subject = part.fields.get("subject")
     if subject and not any(str(each["text"]).strip() for each in part.messages):
         at = part.fields.get("created_at")
         rest = part.messages[0] if part.messages else message("customer", at, "")
         part.messages = [{"sender": "customer", **rest, "text": str(subject)}, *part.messages[1:]]
         findings.note("conversation", "without a text; its subject is the text", place)
-    made: Document = {"conversation_number": part.number, "messages": ordered(part.messages), "status": "pending"}
+    made: Document = {"conversation_number": part.number, "messages": ordered(part.messages)}
     if part.number is None:
         del made["conversation_number"]
     elif desk != "table":

@@ -73,7 +73,7 @@ class Export:
         file = text_file(self._path, self._options.encoding)
         if file.is_detected:
             self.findings.note("file", f"read as {file.encoding}, which was guessed; --encoding NAME changes it", "")
-        yield from self._of_json(file) if file.is_json else self._of_table(file)
+        yield from map(self._with_state, self._of_json(file) if file.is_json else self._of_table(file))
         for name in sorted(self._missing):
             self.findings.note("--drop-column", f"found no {one_line(name, 40)}", "")
 
@@ -196,7 +196,7 @@ class Export:
             yield each
 
     def _own(self, document: Any, place: str) -> Document:
-        """Return *document* with its status fields; *place* names it in the error if it has no accepted shape."""
+        """Return *document* with the fields of its shape; *place* names it in the error if it has no accepted shape."""
         fields: Document = document if isinstance(document, dict) else {}
         turns = {name for name in ("tweets", "messages") if isinstance(fields.get(name), list)}
         if not turns and not isinstance(fields.get("text"), str):
@@ -209,9 +209,14 @@ class Export:
         self._drop(fields)
         if self._options.customer_roles:
             fields |= {name: [self._with_side(entry) for entry in fields[name]] for name in turns}
-        if "status" in fields or "processed" in fields:
-            return fields
-        return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
+        return fields
+
+    def _with_state(self, document: Document) -> Document:
+        if "status" in document or "processed" in document:
+            return document
+        if not any(isinstance(document.get(name), list) for name in ("tweets", "messages")):
+            return document | {"processed": False, "processing_attempts": 0}
+        return document | {"status": "pending"} if self._options.adds_status else document
 
     def _drop(self, record: Document) -> None:
         self._missing -= {name for name in self._missing | set(self._options.dropped) if drop(record, name)}

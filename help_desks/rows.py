@@ -21,6 +21,7 @@ from storage.extended_json import Document, bson_decode, bson_encode
 Record = dict[str, Any]
 
 _DIRECTIONS = frozenset(plain_name(name) for name in DIRECTION_FIELDS)
+_NO_NUMBER = frozenset(("", "null", "none", "nan", "\\n", "<na>"))  # databases and pandas write a missing value so
 _FIELDS = {
     "text": "messages.text",
     "sender": "messages.sender",
@@ -109,7 +110,7 @@ class RowReader:
     def _document(self, part: Part, place: str) -> Document:
         if self.layout.is_own and not part.metadata and not {"channel", "subject"} & part.fields.keys():
             # As every version has written it: the id of such a document is derived from its content.
-            return {"conversation_number": part.number, "messages": part.messages, "status": "pending"}
+            return {"conversation_number": part.number, "messages": part.messages}
         return document_of(part, self.layout.name, self.findings, place)
 
     def _part(self, row: Record, place: str) -> Part | None:
@@ -133,8 +134,9 @@ class RowReader:
         if is_gone:
             self.findings.note("message", "left out: it was deleted", place)
             return None
-        number = taken.get("conversation_number")
-        part = Part(None if number in (None, "") else str(number).strip())
+        value = taken.get("conversation_number")
+        number = "" if value is None else str(value).strip()
+        part = Part(None if number.casefold() in _NO_NUMBER else number)
         at = self.judge.time(taken.get("created_at"), place)
         part.messages = [message(sender, at, taken.get("text"))]
         part.fields = {name: taken[name] for name in ("subject", "channel") if taken.get(name) not in (None, "")}
@@ -172,8 +174,7 @@ class RowReader:
         at = self.judge.time(taken.get("created_at"), place)
         part = Part(None, [], {**taken, "created_at": at}, self._rest(row))
         made: Document = {"_id": document_id} if document_id else {}
-        made |= {"text": text, "metadata": {}, "processed": False, "processing_attempts": 0}
-        return made | top_level(part, ())
+        return {**made, "text": text, "metadata": {}, **top_level(part, ())}
 
     def _taken(self, row: Record) -> dict[str, Any]:
         """Remove the mapped values from *row* and return them by field."""

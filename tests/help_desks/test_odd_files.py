@@ -112,6 +112,14 @@ def test_date_and_time_of_two_columns_are_one_time(tmp_path: Path) -> None:
     assert other["metadata"] == {"time": "n/a"}
 
 
+def test_rows_without_a_number_are_not_joined_under_the_name_of_a_missing_value(tmp_path: Path) -> None:
+    names = ["NULL", "\\N", "nan", "None", "<NA>", " "]
+    rows = [f"{name},customer,hi" for name in ["7", *names]]
+    (document,), notes = read(written(tmp_path / "a.csv", "\n".join(["ticket_id,sender,message", *rows])))
+    assert document["conversation_number"] == "7"
+    assert notes == ["6 rows left out: no value in the column ticket_id (line 3, line 4, line 5, line 6, line 7, ...)"]
+
+
 def test_missing_values_of_pandas_are_missing(tmp_path: Path) -> None:
     nan = float("nan")
     records = [
@@ -143,6 +151,13 @@ def test_html_of_a_private_zendesk_comment_is_no_turn_of_the_customer(tmp_path: 
     ticket = {"id": 1, "subject": "Late", "description": "<p>vip</p>", "requester_id": 4, "comments": [note]}
     (document,), _ = read(write(tmp_path / "a.json", ticket))
     assert "vip" not in str(document)
+
+
+@pytest.mark.parametrize("value", ["Internal note", "private_comment", "note_and_close", "Internal", "yes"])
+def test_private_notes_in_a_table_are_recognised_by_their_first_word(tmp_path: Path, value: str) -> None:
+    rows = f"ticket_id,sender,message,visibility\n1,customer,hi,public\n1,agent,vip,{value}\n"
+    (document,), _ = read(written(tmp_path / "a.csv", rows), maps=["private=visibility"])
+    assert transcript(document) == ["Customer: hi"]
 
 
 def test_users_beside_a_single_zendesk_ticket_give_the_roles(tmp_path: Path) -> None:
