@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aggregator import known_sender
+from aggregator import SENDER_FIELDS, known_sender
 from domain.text import one_line
 from error_handler import ConfigurationError
 from help_desks import desks, rows, twcs
@@ -222,10 +222,9 @@ class Export:
         self._missing -= {name for name in self._missing | set(self._options.dropped) if drop(record, name)}
 
     def _with_side(self, entry: Any) -> Any:
-        sender = entry.get("sender") or entry.get("role") or entry.get("author") if isinstance(entry, dict) else None
-        if isinstance(sender, str) and known_sender(sender) is None and sender.lower() in self._options.customer_roles:
-            return {**entry, "sender": "customer"}
-        return entry
+        named = [entry[name] for name in SENDER_FIELDS if entry.get(name)] if isinstance(entry, dict) else []
+        is_customer = any(str(one).strip().lower() in self._options.customer_roles for one in named)
+        return {**entry, "sender": "customer"} if is_customer and not any(map(known_sender, named)) else entry
 
 
 def _unique(header: list[str]) -> list[str]:

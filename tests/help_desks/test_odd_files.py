@@ -112,6 +112,13 @@ def test_date_and_time_of_two_columns_are_one_time(tmp_path: Path) -> None:
     assert other["metadata"] == {"time": "n/a"}
 
 
+@pytest.mark.parametrize("field", ["sender", "speaker", "from"])
+def test_customer_role_counts_for_every_field_of_senders(tmp_path: Path, field: str) -> None:
+    said = [{field: "Käufer ", "text": "hi"}, {field: "agent", "text": "ho"}, {field: "Bote", "text": "da"}]
+    (document,), _ = read(write(tmp_path / "a.json", {"messages": said}), customer_roles=frozenset({"käufer"}))
+    assert transcript(document) == ["Customer: hi", "Agent: ho", "Unknown: da"]
+
+
 def test_rows_without_a_number_are_not_joined_under_the_name_of_a_missing_value(tmp_path: Path) -> None:
     names = ["NULL", "\\N", "nan", "None", "<NA>", " "]
     rows = [f"{name},customer,hi" for name in ["7", *names]]
