@@ -220,6 +220,7 @@ def test_result_of_a_student_is_marked(place: Site) -> None:
 def test_label_filter_sees_corrected_labels(place: Site) -> None:
     """A corrected label counts instead of the one that the result has."""
     place.results.insert_many([result(0), result(1), result(2, intent="Other"), result(3, intent="Cancellation")])
+    place.results.insert_many([result(4, intent={"unlike": "a label"}), result(5, intent=[["Complaint"]])])
     corrections(place).insert_many([correction(1, "Other"), correction(2, "Complaint")])
     assert numbers(exported(place, "--label", "intent=complaint")) == ["0", "2"]
     assert numbers(exported(place, "--label", "intent=Complaint", "--label", "intent=Cancellation")) == ["0", "2", "3"]
