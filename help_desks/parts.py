@@ -22,7 +22,10 @@ SENDERS: dict[str, dict[str, Sender | Literal["event"]]] = {
     },
     "intercom": {"team": "agent"},
 }
-TRUE, FALSE = frozenset({"true", "1", "yes", "t", "y"}), frozenset({"false", "0", "no", "f", "n"})
+# pandas makes 1.0 of a truth value beside gaps, and spreadsheets write truth values in the language of their user.
+TRUE = frozenset("true 1 1.0 yes t y wahr ja vrai oui verdadero sí vero verdadeiro sim waar prawda tak".split())
+FALSE = frozenset("false 0 0.0 no f n falsch nein faux non falso não onwaar nee fałsz nie".split())
+_PUBLIC = frozenset(("", "none", "public", "external"))
 
 
 @dataclass(slots=True)
@@ -77,6 +80,10 @@ class Judge:
         """Return whether *value* marks a private note that is left out; *is_public*: it is true for a public message."""
         name = str(value).strip().lower()
         is_private = name.startswith(("note", "private", "internal")) or name in (FALSE if is_public else TRUE)
+        if not is_private and self.desk != "intercom" and name not in TRUE | FALSE | _PUBLIC:
+            self.findings.note(
+                "message", "of which it is not clear whether it is a private note; imported as a turn", place
+            )
         if is_private and not self.options.private_notes:
             self.findings.note("private note", "left out; --private-notes makes them turns of the agent", place)
             return True

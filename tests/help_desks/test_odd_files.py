@@ -160,11 +160,14 @@ def test_html_of_a_private_zendesk_comment_is_no_turn_of_the_customer(tmp_path: 
     assert "vip" not in str(document)
 
 
-@pytest.mark.parametrize("value", ["Internal note", "private_comment", "note_and_close", "Internal", "yes"])
+@pytest.mark.parametrize("value", ["Internal note", "private_comment", "note_and_close", "Internal", "1.0", "WAHR"])
 def test_private_notes_in_a_table_are_recognised_by_their_first_word(tmp_path: Path, value: str) -> None:
     rows = f"ticket_id,sender,message,visibility\n1,customer,hi,public\n1,agent,vip,{value}\n"
     (document,), _ = read(written(tmp_path / "a.csv", rows), maps=["private=visibility"])
     assert transcript(document) == ["Customer: hi"]
+    (document,), notes = read(written(tmp_path / "a.csv", rows.replace(value, "staff")), maps=["private=visibility"])
+    assert transcript(document) == ["Customer: hi", "Agent: vip"]
+    assert notes == ["1 message of which it is not clear whether it is a private note; imported as a turn (line 3)"]
 
 
 def test_users_beside_a_single_zendesk_ticket_give_the_roles(tmp_path: Path) -> None:
