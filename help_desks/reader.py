@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aggregator import SENDER_FIELDS, known_sender
+from aggregator import SENDER_FIELDS, TIME_FIELDS, known_sender
 from domain.text import one_line
 from error_handler import ConfigurationError
 from help_desks import desks, rows, twcs
@@ -207,8 +207,8 @@ class Export:
             self.findings.note("document", what, place.rpartition(", ")[2])
             fields = {name: value for name, value in fields.items() if name in kept}
         self._drop(fields)
-        if self._options.customer_roles:
-            fields |= {name: [self._with_side(entry) for entry in fields[name]] for name in turns}
+        if self._options.customer_roles or self._options.is_day_first is not None:
+            fields |= {name: [self._judged(entry) for entry in fields[name]] for name in turns}
         return fields
 
     def _with_state(self, document: Document) -> Document:
@@ -221,10 +221,18 @@ class Export:
     def _drop(self, record: Document) -> None:
         self._missing -= {name for name in self._missing | set(self._options.dropped) if drop(record, name)}
 
-    def _with_side(self, entry: Any) -> Any:
-        named = [entry[name] for name in SENDER_FIELDS if entry.get(name)] if isinstance(entry, dict) else []
+    def _judged(self, entry: Any) -> Any:
+        """Return the turn *entry* with the sender and the times that flags decide."""
+        if not isinstance(entry, dict):
+            return entry
+        order = DateOrder(self._options.is_day_first)
+        read = {name: order.numeric(entry.get(name)) for name in TIME_FIELDS}
+        read["date"] = order.numeric(f"{entry.get('date')} {entry.get('time')}") or read["date"]
+        times = {name: at for name, at in read.items() if at is not None}
+        named = [entry[name] for name in SENDER_FIELDS if entry.get(name)]
         is_customer = any(str(one).strip().lower() in self._options.customer_roles for one in named)
-        return {**entry, "sender": "customer"} if is_customer and not any(map(known_sender, named)) else entry
+        side = {"sender": "customer"} if is_customer and not any(map(known_sender, named)) else {}
+        return {**entry, **times, **side}
 
 
 def _unique(header: list[str]) -> list[str]:

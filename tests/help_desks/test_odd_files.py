@@ -119,6 +119,16 @@ def test_customer_role_counts_for_every_field_of_senders(tmp_path: Path, field: 
     assert transcript(document) == ["Customer: hi", "Agent: ho", "Unknown: da"]
 
 
+def test_order_of_dates_counts_for_messages_in_json(tmp_path: Path) -> None:
+    said = [
+        {"role": "agent", "text": "ho", "date": "04/03/2026", "time": "10:00"},
+        {"role": "user", "text": "hi", "date": "03/03/2026"},
+    ]
+    (document,), _ = read(write(tmp_path / "a.json", {"messages": said}), is_day_first=True)
+    assert transcript(document) == ["Customer: hi", "Agent: ho"]
+    assert document["messages"][0]["date"] == datetime(2026, 3, 4, 10, tzinfo=UTC)
+
+
 def test_rows_without_a_number_are_not_joined_under_the_name_of_a_missing_value(tmp_path: Path) -> None:
     names = ["NULL", "\\N", "nan", "None", "<NA>", " "]
     rows = [f"{name},customer,hi" for name in ["7", *names]]
