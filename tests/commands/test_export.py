@@ -438,13 +438,17 @@ def test_xlsx_goes_on_in_another_sheet(place: Site, monkeypatch: pytest.MonkeyPa
 
 
 def test_xlsx_names_what_a_cell_cannot_hold(place: Site) -> None:
-    place.results.insert_many([result(0, categorization="x" * 40_000), result(1, categorization="bell \x07 here")])
+    texts = ["x" * 40_000, "bell \x07 here", "\U0001f4e6" * 20_000, "\U0001f4e6" * 16_383]
+    place.results.insert_many([result(number, categorization=text) for number, text in enumerate(texts)])
     ended = export(place, "out.xlsx")
-    first, second = rows_of(place.folder / "out.xlsx")
+    first, second, boxes, fitting = rows_of(place.folder / "out.xlsx")
     assert len(first["categorization"]) == 32_767
     assert first["categorization"].endswith("x [cut]")
     assert second["categorization"] == "bell \ufffd here"
-    assert "1 text cut to 32,767 characters, the limit of a cell of XLSX. The other formats keep them." in ended.err
+    assert len(boxes["categorization"].encode("utf-16-le")) == 2 * 32_766  # half a box is left out
+    assert boxes["categorization"].endswith("\U0001f4e6 [cut]")
+    assert fitting["categorization"] == texts[3]
+    assert "2 texts cut to 32,767 characters, the limit of a cell of XLSX. The other formats keep them." in ended.err
     assert "1 text with characters that XLSX cannot hold" in ended.err
 
 
