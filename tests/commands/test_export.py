@@ -331,7 +331,7 @@ def test_nothing_of_a_result_is_left_out_silently(place: Site) -> None:
     odd["processing_metadata"]["confidence"]["urgency"] = 0.123
     odd["conversation"]["turns"] = 2.5
     odd |= {"cost": Decimal128("1.25"), "at": datetime(2020, 1, 2, tzinfo=UTC), "classes": []}
-    place.results.insert_many([result(0), odd, {"note": "not-a-result"}])
+    place.results.insert_many([result(0), odd, {"note": "not-a-result", "classification": "spoilt"}])
     corrections(place).insert_one(correction(1, "calm-now", field="urgency", reviewer="carla"))
     ended = export(place, "out.jsonl")
     assert ended.code == 0
@@ -348,7 +348,7 @@ def test_nothing_of_a_result_is_left_out_silently(place: Site) -> None:
     assert told["cost"] == {"$numberDecimal": "1.25"}
     assert told["corrections"]["urgency"]["reviewer"] == "carla"
     assert row["copied_from"] == "0" * 24
-    assert foreign["other_fields"] == {"note": "not-a-result"}
+    assert foreign["other_fields"] == {"note": "not-a-result", "classification": "spoilt"}
     for name in ("classification.urgency (1)", "cost (1)", "processing_metadata.weather"):
         assert name in ended.err or " more." in ended.err
 
