@@ -118,7 +118,8 @@ def _text(value: Any) -> str:
 def joined(parts: Sequence[Part]) -> Part:
     """Return the conversation of *parts*.
 
-    Metadata that is equal in all parts is that of the conversation; the rest stays with its message.
+    Metadata that is equal in all parts is that of the conversation; the rest stays with its message, as does a subject or
+    channel that is not the first one.
     """
     whole = Part(parts[0].number)
     common: Document = {}
@@ -128,11 +129,12 @@ def joined(parts: Sequence[Part]) -> Part:
             common[name] = values[0]
     for part in parts:
         own = {name: value for name, value in part.metadata.items() if name not in common}
+        for name, value in part.fields.items():
+            if whole.fields.setdefault(name, value) != value and name != "created_at":  # which is in the message
+                own[name] = value
         whole.messages += [
             {**each, "metadata": {**each.get("metadata", {}), **own}} if own else each for each in part.messages
         ]
-        for name, value in part.fields.items():
-            whole.fields.setdefault(name, value)
     whole.metadata = common
     return whole
 

@@ -137,6 +137,14 @@ def test_rows_without_a_number_are_not_joined_under_the_name_of_a_missing_value(
     assert notes == ["6 rows left out: no value in the column ticket_id (line 3, line 4, line 5, line 6, line 7, ...)"]
 
 
+def test_subject_and_channel_of_later_rows_stay_with_their_messages(tmp_path: Path) -> None:
+    rows = ["7,Late,mail,a,x", "7,Re: Late,mail,b,y", "7,Late,chat,c,z"]
+    (document,), _ = read(written(tmp_path / "a.csv", "\n".join(["ticket_id,subject,channel,text,created", *rows])))
+    assert (document["subject"], document["channel"]) == ("Late", "mail")
+    kept = [message.get("metadata") for message in document["messages"]]
+    assert kept == [None, {"subject": "Re: Late"}, {"channel": "chat"}]
+
+
 def test_missing_values_of_pandas_are_missing(tmp_path: Path) -> None:
     nan = float("nan")
     records = [
