@@ -307,7 +307,8 @@ async def _insert(
             read += len(page)
             on_read(read)
     except TriadError:
-        sys.stderr.write(f"{read} documents were imported before the error; the same command imports the rest.\n")
+        imported = counted(read, "document was", "documents were")
+        sys.stderr.write(f"{imported} imported before the error; the same command imports the rest.\n")
         raise
     return read, new
 
