@@ -5,11 +5,13 @@ Written from the documentation that docs/import.md lists. What no function here 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aggregator import document_shape, known_sender
+from domain.plain_text import plain_text
 from help_desks.columns import is_message, take, without_empty
 from help_desks.findings import Findings
 from help_desks.parts import Judge, Part, is_deleted, message
@@ -91,17 +93,17 @@ class Reader:
         private: set[str] = set()
         for comment in self._messages(comments, "comments."):
             if self._is_note(comment, "public", place):
-                private |= {str(comment.record[name]).strip() for name in _ZENDESK_TEXTS if name in comment.record}
+                private |= {_said(comment.record[name]) for name in _ZENDESK_TEXTS if name in comment.record}
                 continue
             role = self._role(comment, asked, roles)
             at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
             text = comment.text(_ZENDESK_TEXTS, "messages.text")
             part.messages.append(message(role, at, text, comment.rest()))
-        first = str(part.messages[0]["text"]).strip() if part.messages else None
+        first = _said(part.messages[0]["text"]) if part.messages else None
         description = ticket.record.get("description")
-        if isinstance(description, str) and description.strip() in private:
+        if isinstance(description, str) and _said(description) in private:
             ticket.take("description", "left out: repeats a private comment")
-        elif first is None or not isinstance(description, str) or description.strip() == first:
+        elif first is None or not isinstance(description, str) or _said(description) == first:
             target = "messages.text" if first is None else "left out: repeats the first comment"
             text = ticket.take("description", target)
             if first is None and text:
@@ -300,6 +302,11 @@ def _unwrapped_notes(notes: Any) -> Any:
 def _top(record: Fields, **paths: str) -> Document:
     values = {name: record.take(path, name) for name, path in paths.items()}
     return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+def _said(text: Any) -> str:
+    """Return what *text* says, for comparisons: its forms differ in white space, entities and tags."""
+    return " ".join(plain_text(html.unescape(str(text))).split())
 
 
 def _number(value: Any) -> str | None:
