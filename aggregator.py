@@ -184,7 +184,7 @@ def _sender(entry: Mapping[str, Any], fields: tuple[str, ...]) -> Sender | None:
         if (value := entry.get(name)) is None:
             continue
         known: Sender | None = None
-        if isinstance(value, str):
+        if type(value) is str:  # BSON's Code is a text that cannot be looked up
             known = _SENDERS.get(value) or _SENDERS.get(_NOT_A_LETTER.sub("", value[:80]).casefold())
         elif isinstance(value, dict) and fields is SENDER_FIELDS:
             known = _sender(value, _SENDER_OBJECT_FIELDS)

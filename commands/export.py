@@ -16,11 +16,11 @@ from pydantic import SecretStr
 
 from commands.evaluate import EMBEDDED_DATABASE
 from commands.flags import Command, positive
-from commands.subset_flags import add_filter_flag, filter_of, time_flag
+from commands.subset_flags import add_filter_flag, filter_of, require_span, time_flag
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
-from exporting.columns import Table
+from exporting.columns import ORIGINAL, Table
 from exporting.filters import Filter, end_of, label_filter, start_of
 from exporting.formats import FORMATS, STREAMED, Format, TableFile, open_table, require_package
 from exporting.results import ResultReader
@@ -98,6 +98,7 @@ def _format_of(arguments: argparse.Namespace) -> Format:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    require_span(arguments)
     form = _format_of(arguments)
     taxonomy = load_taxonomy(settings.taxonomy_file)
     condition = Filter(
@@ -154,7 +155,7 @@ class Export:
         self._reader, self._table, self._about = reader, table, about
         self._sources: Counter[str] = Counter()
         self._notes: list[str] = []
-        self.written = 0
+        self.written = self._originals = self._without_text = 0
         self.is_complete = False
 
     async def write(self, form: Format, file: BinaryIO, limit: int | None, *, with_text: bool) -> None:
@@ -176,6 +177,8 @@ class Export:
             target.write([self._table.row(entry) for entry in entries])
             self.written += len(entries)
             self._sources.update(entry.labels.label_source for entry in entries)
+            self._originals += sum(ORIGINAL in entry.result for entry in entries)
+            self._without_text += sum(entry.transcript is None for entry in entries) if with_text else 0
             if self.written == limit:
                 return
             if time.monotonic() - shown_s >= LINE_EVERY_S:
@@ -212,14 +215,14 @@ class Export:
                 f"{counted(self._reader.outside, 'result')} left out by --filter: the conversation is not found by it, or no "
                 f"longer in {settings.source_collection}."
             )
-        if self._reader.originals:
+        if self._originals:
             notes.append(
-                f"{counted(self._reader.originals, 'result')} with original_conversation: it is not exported; "
+                f"{counted(self._originals, 'result')} with original_conversation: it is not exported; "
                 "--text adds transcripts."
             )
-        if self._reader.without_source:
+        if self._without_text:
             notes.append(
-                f"{counted(self._reader.without_source, 'result')} without a transcript: no text, or no longer in "
+                f"{counted(self._without_text, 'result')} without a transcript: no text, or no longer in "
                 f"{settings.source_collection}."
             )
         return notes

@@ -36,7 +36,7 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dry-run", action="store_true", help="write nothing; print the mapping and two conversations")
 
 
-def export_of(arguments: argparse.Namespace, on_rows: Callable[[int], None]) -> Export | None:
+def export_of(arguments: argparse.Namespace, on_rows: Callable[[int], None], *, adds_status: bool) -> Export | None:
     """Return the file of ``--file``; None if there is none. *on_rows* is called with the number of rows read so far."""
     if not arguments.file:
         _require_no_file_flags(arguments)
@@ -49,6 +49,7 @@ def export_of(arguments: argparse.Namespace, on_rows: Callable[[int], None]) -> 
         is_day_first=None if arguments.dates is None else arguments.dates == "day-first",
         encoding=arguments.encoding,
         private_notes=arguments.private_notes,
+        adds_status=adds_status,
     )
     return Export(arguments.file, options, on_rows)
 
@@ -59,6 +60,9 @@ def _require_no_file_flags(arguments: argparse.Namespace) -> None:
         *(("--drop-column",) if arguments.drop_column else ()),
         *(("--customer-role",) if arguments.customer_role else ()),
         *(("--format",) if arguments.format != "auto" else ()),
+        *(("--dates",) if arguments.dates else ()),
+        *(("--encoding",) if arguments.encoding else ()),
+        *(("--private-notes",) if arguments.private_notes else ()),
     ]
     if given:
         raise ConfigurationError(f"{given[0]} is about the file to import; add --file FILE.")

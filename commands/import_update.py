@@ -164,7 +164,8 @@ class StoredConversations:
         found = await self._call("find conversations", lambda: self._source.find(query, fields).to_list(None))
         by_number: dict[Any, list[Document]] = {}
         for document in found:
-            by_number.setdefault(document["conversation_number"], []).append(document)
+            if not isinstance(number := document["conversation_number"], list):  # a list that holds the number
+                by_number.setdefault(number, []).append(document)
         return by_number
 
     async def _read(self, document_ids: list[Any]) -> dict[bytes, Document]:

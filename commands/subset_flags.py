@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 
 from config import Settings
 from error_handler import ConfigurationError
@@ -18,7 +18,7 @@ def time_flag(parse: Callable[[str], datetime]) -> Callable[[str], datetime]:
 
     def parsed(text: str) -> datetime:
         with suppress(ValueError, OverflowError):
-            return parse(text)
+            return parse(text).astimezone(UTC)
         raise argparse.ArgumentTypeError("must be a date or a time, for example 2026-11-01 or 2026-11-01T08:00+01:00")
 
     return parsed
@@ -56,7 +56,12 @@ def filter_of(arguments: argparse.Namespace) -> Subset:
 
 def subset_of(arguments: argparse.Namespace, settings: Settings) -> Subset:
     """Return the subset that *arguments* name; raise ConfigurationError if it is not usable, or cannot have a document."""
+    require_span(arguments)
+    return Subset(filter_of(arguments).query, arguments.since, arguments.until, settings.time_field)
+
+
+def require_span(arguments: argparse.Namespace) -> None:
+    """Raise ConfigurationError if nothing can be between ``--since`` and ``--until``."""
     since, until = arguments.since, arguments.until
     if since and until and since >= until:
-        raise ConfigurationError(f"--since {since:%Y-%m-%d %H:%M} is not before --until; exchange them.")
-    return Subset(filter_of(arguments).query, since, until, settings.time_field)
+        raise ConfigurationError(f"--since {since:%Y-%m-%d %H:%M} UTC is not before --until; exchange them.")

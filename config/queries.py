@@ -43,8 +43,9 @@ def checked_query(query: Any) -> dict[str, Any]:
 
 
 def _uses(value: Any, name: str) -> bool:
+    """Return whether *value* has the key *name*, or with one more ``$``, which Extended JSON takes away."""
     if isinstance(value, dict):
-        return name in value or any(_uses(item, name) for item in value.values())
+        return not value.keys().isdisjoint((name, f"${name}")) or any(_uses(item, name) for item in value.values())
     return isinstance(value, list) and any(_uses(item, name) for item in value)
 
 

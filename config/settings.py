@@ -49,9 +49,23 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 }
 
 # Names that MongoDB and its driver accept.
-CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
-DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
-FieldPath = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*$")]
+CollectionName = Annotated[
+    str,
+    Field(max_length=120),
+    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be a name without $, such as conversation_set or shop.tickets"),
+]
+DatabaseName = Annotated[
+    str, Field(max_length=63), shaped(r'[^/\\. "$*<>:|?\x00]+', 'must be a name without spaces and /\\."$*<>:|?')
+]
+FieldPath = Annotated[
+    str,
+    Field(max_length=120),
+    shaped(r"[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*", "must be the path of a field, such as priority or meta.level"),
+]
+KeepAlive = Annotated[
+    str,
+    shaped(r"-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)", "must be a duration such as 90s, 10m or 1h30m, or -1 for no end"),
+]
 MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
 
 
@@ -124,7 +138,7 @@ class Settings(PartSettings):
     ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
     llm_load_timeout_s: float = Field(600.0, gt=0, le=7200)
-    ollama_keep_alive: str = Field("10m", pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$")
+    ollama_keep_alive: KeepAlive = "10m"
     llm_api_url: ChatAddress | None = None
     llm_model: str | None = None
     llm_api_key: HeaderSecret | None = None

@@ -109,7 +109,14 @@ def fold_label(text: str) -> str:
 
 
 class _TaxonomyLoader(yaml.CSafeLoader):
-    """Reads Yes, No, On and Off as texts: YAML would make true and false of the labels."""
+    """Reads Yes, No, On and Off as texts: YAML would make true and false of the labels. A repeated key is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:  # PyYAML would keep the last one
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _TaxonomyLoader.yaml_implicit_resolvers = {
@@ -130,8 +137,10 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the taxonomy {path} ({exc.strerror}); check TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        place = f" (line {mark.line + 1}: {getattr(exc, 'problem', '')})" if mark else ""
         raise ConfigurationError(
-            f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml."
+            f"The taxonomy {path} is not valid YAML{place}; compare it with config/taxonomy.yaml."
         ) from exc
     return _taxonomy(path, content if isinstance(content, dict) else {})
 

@@ -126,9 +126,10 @@ class Table:
         """Return the cells of *entry* in the order of ``columns``."""
         read, rest = entry.labels, _copy(entry.result)
         rest.pop(ORIGINAL, None)
-        own = rest.get("classification")
-        own = own if isinstance(own, dict) else {}
-        rest["classification"] = labels = {**own, **read.labels}
+        own = _part(rest, "classification")
+        labels = {**own, **read.labels}
+        if own or not rest.get("classification"):  # else it is no document, and stays as it is
+            rest["classification"] = labels
         metadata = _part(rest, "processing_metadata")
         if metadata.get("label_source") == read.label_source:
             del metadata["label_source"]

@@ -50,7 +50,8 @@ class Filter:
         """Return whether *labels* (by field, corrections applied) meet the condition on labels."""
         for name, wanted in self.labels.items():
             value = labels.get(name)
-            if wanted.isdisjoint(value if isinstance(value, list) else [value]):
+            held = value if isinstance(value, list) else [value]
+            if not any(type(one) is str and one in wanted for one in held):  # another program may store anything
                 return False
         return True
 

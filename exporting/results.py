@@ -32,8 +32,7 @@ class ResultReader:
 
     If *store* has a subset, only those whose conversation is in it; ``outside`` counts the others.
 
-    ``looked_at`` counts results, whether they are selected or not, in steps of up to WINDOW. ``originals`` counts selected results that
-    hold a copy of their conversation, and ``without_source`` those whose conversation has no transcript any more.
+    ``looked_at`` counts results, whether they are selected or not, in steps of up to WINDOW.
     """
 
     def __init__(self, store: DocumentStore, settings: Settings, condition: Filter, fields: Sequence[str]) -> None:
@@ -42,7 +41,7 @@ class ResultReader:
         self._results = store.database.get_collection(settings.results_collection, codec_options=options)
         self._corrections = CorrectionStore(store, settings)
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
-        self.looked_at = self.originals = self.without_source = self.outside = 0
+        self.looked_at = self.outside = 0
 
     async def pages(self, *, with_text: bool = False) -> AsyncIterator[list[Entry]]:
         """Yield pages of entries, at most PAGE, or TEXT_PAGE with transcripts; a page may be empty."""
@@ -103,7 +102,6 @@ class ResultReader:
             labelled = result if isinstance(stored, dict) else {**result, "classification": {}}
             read = read_labels(labelled, made.get(id_key(result.get("source_conversation_id")), ()))
             if self._condition.takes(read.labels):
-                self.originals += ORIGINAL in result
                 entries.append(Entry(result, read))
         return entries
 
@@ -111,12 +109,10 @@ class ResultReader:
         ids = [entry.result.get("source_conversation_id") for entry in entries]
         found = await self._store.read_documents("all", ids) if ids else []
         texts = {id_key(document["_id"]): transcript_of(document) for document in found}
-        with_text = [
+        return [
             Entry(entry.result, entry.labels, texts.get(id_key(document_id)))
             for entry, document_id in zip(entries, ids, strict=True)
         ]
-        self.without_source += sum(entry.transcript is None for entry in with_text)
-        return with_text
 
 
 def transcript_of(document: Document) -> str | None:

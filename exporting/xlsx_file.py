@@ -16,7 +16,7 @@ from exporting.formula_text import is_dangerous
 from exporting.text_files import json_text, time_text
 
 SHEET_ROWS = 1_048_576  # of the format, the header included
-CELL_CHARACTERS = 32_767
+CELL_CHARACTERS = 32_767  # in UTF-16, where an emoji is two; Excel finds a file with longer texts damaged
 CUT = " [cut]"
 FIRST_YEAR = 1901  # spreadsheets cannot show a date of an earlier year
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
@@ -89,8 +89,8 @@ class XlsxFile:
         if _NOT_XML.search(text):
             text = _NOT_XML.sub("\ufffd", text)
             self.replaced += 1
-        if len(text) > CELL_CHARACTERS:
-            text = text[: CELL_CHARACTERS - len(CUT)] + CUT
+        if len(text) > CELL_CHARACTERS // 2 and len(units := text.encode("utf-16-le")) > 2 * CELL_CHARACTERS:
+            text = units[: 2 * (CELL_CHARACTERS - len(CUT))].decode("utf-16-le", "ignore") + CUT
             self.cut += 1
         if is_dangerous(text) or text.startswith("#"):  # "#N/A" would become an error
             self._sheet.write_string(row, column, text, self._prefixed)

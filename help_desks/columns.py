@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,8 @@ class Options:
     """How a file is read, as the flags of the import give it.
 
     *maps* maps a field to a column or a dotted path; an empty path leaves the field out. *is_day_first* settles dates such
-    as 03/04/2026 (None: the column decides). With *private_notes*, notes of agents among themselves become turns.
+    as 03/04/2026 (None: the column decides). With *private_notes*, notes of agents among themselves become turns. With
+    *adds_status*, conversations without a status are pending.
     """
 
     layout: str = "auto"
@@ -76,18 +77,20 @@ class Options:
     is_day_first: bool | None = None
     encoding: str | None = None
     private_notes: bool = False
+    adds_status: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The columns of one file by field; *is_own* is True if it is the product's own layout of messages.
 
-    *name* is a help desk, or ``table``.
+    *name* is a help desk, or ``table``. *clock* is the column with the time of day if ``created_at`` is a date alone, or empty.
     """
 
     name: str
     columns: dict[str, str]
     is_own: bool = False
+    clock: str = ""
 
 
 def plain_name(name: str) -> str:
@@ -158,7 +161,8 @@ def layout_with(columns: Sequence[str], options: Options, desk: str, place: str)
             f"text=COLUMN; the columns are {named(columns)}."
         )
     is_own = {"conversation_number", "sender", "text"} <= {name.strip().lower() for name in columns}
-    return Layout(desk, chosen, is_own)
+    clock = by_name.get("time", "") if plain_name(chosen.get("created_at", "")) == "date" else ""
+    return Layout(desk, chosen, is_own, "" if clock in taken else clock)
 
 
 def named(columns: Sequence[str]) -> str:
@@ -203,6 +207,19 @@ def drop(record: Any, path: str) -> bool:
         return True
     head, _, rest = path.partition(".")
     return bool(rest) and head in record and drop(record[head], rest)
+
+
+def values_at(record: Any, path: str) -> Iterator[Any]:
+    """Yield the values at *path* in *record*, those inside lists included."""
+    if isinstance(record, list):
+        for item in record:
+            yield from values_at(item, path)
+    elif isinstance(record, dict):
+        head, _, rest = path.partition(".")
+        if path in record:
+            yield record[path]
+        elif rest and head in record:
+            yield from values_at(record[head], rest)
 
 
 def without_empty(record: Mapping[str, Any]) -> dict[str, Any]:

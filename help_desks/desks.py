@@ -5,11 +5,13 @@ Written from the documentation that docs/import.md lists. What no function here 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aggregator import document_shape, known_sender
+from domain.plain_text import plain_text
 from help_desks.columns import is_message, take, without_empty
 from help_desks.findings import Findings
 from help_desks.parts import Judge, Part, is_deleted, message
@@ -28,6 +30,7 @@ _FRESHDESK_STATUSES = {2: "Open", 3: "Pending", 4: "Resolved", 5: "Closed"}
 _LISTS = ("tickets", "conversations", "results", "payload", "data", "items", "records")
 _WRAPPERS = ("ticket", "conversation", "helpdesk_ticket")  # of one record; the last one is that of Freshdesk's exports
 _BY_CUSTOMERS = ("comment", "open", "quick_reply")  # parts of Intercom; the other ones are events
+_ZENDESK_TEXTS = ("plain_body", "body", "html_body")
 _BY_PROGRAMS = ("rule", "system")  # channels of Zendesk
 
 
@@ -90,19 +93,17 @@ class Reader:
         private: set[str] = set()
         for comment in self._messages(comments, "comments."):
             if self._is_note(comment, "public", place):
-                private |= {
-                    str(comment.record[name]).strip() for name in ("plain_body", "body") if name in comment.record
-                }
+                private |= {_said(comment.record[name]) for name in _ZENDESK_TEXTS if name in comment.record}
                 continue
             role = self._role(comment, asked, roles)
             at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
-            text = comment.text(("plain_body", "body", "html_body"), "messages.text")
+            text = comment.text(_ZENDESK_TEXTS, "messages.text")
             part.messages.append(message(role, at, text, comment.rest()))
-        first = str(part.messages[0]["text"]).strip() if part.messages else None
+        first = _said(part.messages[0]["text"]) if part.messages else None
         description = ticket.record.get("description")
-        if isinstance(description, str) and description.strip() in private:
+        if isinstance(description, str) and _said(description) in private:
             ticket.take("description", "left out: repeats a private comment")
-        elif first is None or not isinstance(description, str) or description.strip() == first:
+        elif first is None or not isinstance(description, str) or _said(description) == first:
             target = "messages.text" if first is None else "left out: repeats the first comment"
             text = ticket.take("description", target)
             if first is None and text:
@@ -259,13 +260,11 @@ def desk_of_record(record: Mapping[str, Any]) -> str:
 
 def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[str, str]]]:
     """Yield the records in *value*, a page of an API or one record, with their places and the roles of listed users."""
+    roles: dict[str, str] = {}
     if isinstance(value, dict) and "id" not in value and "_id" not in value and not document_shape(value):
         users = value.get("users")
-        roles = (
-            {str(u.get("id")): str(u.get("role", "")) for u in users if isinstance(u, dict)}
-            if isinstance(users, list)
-            else {}
-        )
+        if isinstance(users, list):
+            roles = {str(user.get("id")): str(user.get("role", "")) for user in users if isinstance(user, dict)}
         for name in _LISTS:
             inner = value.get(name)
             if isinstance(inner, dict):  # Chatwoot: data.payload
@@ -278,8 +277,10 @@ def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[str, str]
         for name in _WRAPPERS:
             if isinstance(value.get(name), dict):
                 value = {**value.pop(name), **value}
+                if roles:
+                    value.pop("users")
                 break
-    yield place, value, {}
+    yield place, value, roles
 
 
 def _people(ticket: Mapping[str, Any]) -> tuple[dict[str, str], Any]:
@@ -301,6 +302,11 @@ def _unwrapped_notes(notes: Any) -> Any:
 def _top(record: Fields, **paths: str) -> Document:
     values = {name: record.take(path, name) for name, path in paths.items()}
     return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+def _said(text: Any) -> str:
+    """Return what *text* says, for comparisons: its forms differ in white space, entities and tags."""
+    return " ".join(plain_text(html.unescape(str(text))).split())
 
 
 def _number(value: Any) -> str | None:

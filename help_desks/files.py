@@ -10,7 +10,7 @@ import itertools
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ MOST_CHARACTERS = 16 * 1024 * 1024
 _NAMED_FILES = 5
 _SAMPLE = 256 * 1024  # bytes
 _CHUNK = 64 * 1024
-_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_GZIP, _ZIP, _OLD_EXCEL = b"\x1f\x8b", b"PK\x03\x04", b"\xd0\xcf\x11\xe0"
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -64,15 +64,17 @@ class TextFile:
     def lines(self) -> Iterator[Iterator[bytes]]:
         """Open the file as lines in UTF-8, without a byte order mark."""
         with _opened(self.path) as file:
-            for bom, _ in _BOMS:
-                start = file.peek(4)[:4]
-                if start.startswith(bom) and self.encoding.startswith(("utf-8", "utf-16", "utf-32")):
-                    file.read(len(bom))
-                    break
-            if self.encoding.startswith(("utf-16", "utf-32")):
-                yield self._transcoded(file)
-            else:
+            start = file.peek(4)[:4]
+            bom = next((bom for bom, name in _BOMS if name == self.encoding and start.startswith(bom)), b"")
+            file.read(len(bom))
+            if self.encoding == "utf-8":
                 yield file
+                return
+            text = io.TextIOWrapper(file, self.encoding, newline="\n")
+            try:
+                yield self._transcoded(text)
+            finally:
+                text.detach()
 
     @contextmanager
     def chunks(self) -> Iterator[Iterator[str]]:
@@ -86,36 +88,30 @@ class TextFile:
             try:
                 yield decoder.decode(data)
             except UnicodeDecodeError as exc:
-                line += data[: exc.start].count(b"\n")
-                raise ConfigurationError(
-                    f"{self.path}, line {line}: expected UTF-8; save the file in that encoding."
-                ) from exc
+                raise self._problem(line + data[: exc.start].count(b"\n"), "UTF-8") from exc
             line += data.count(b"\n")
 
     def decoded(self, data: bytes, line: int) -> str:
-        """Return *data*, which begins on *line*, as text."""
-        encoding = "utf-8" if self.encoding.startswith(("utf-16", "utf-32")) else self.encoding
+        """Return *data*, which is of ``lines`` and begins on *line*, as text."""
         try:
-            return data.decode(encoding)
+            return data.decode()
         except UnicodeDecodeError as exc:
-            line += data[: exc.start].count(b"\n")
-            expected = "UTF-8" if encoding == "utf-8" else encoding
-            raise ConfigurationError(
-                f"{self.path}, line {line}: expected {expected}; save the file as UTF-8, or name its encoding with --encoding."
-            ) from exc
+            raise self._problem(line + data[: exc.start].count(b"\n"), "UTF-8") from exc
 
-    def _transcoded(self, file: io.BufferedReader) -> Iterator[bytes]:
-        decoder, rest = codecs.getincrementaldecoder(self.encoding)(), ""
+    def _transcoded(self, lines: Iterable[str]) -> Iterator[bytes]:
+        number = 1
         try:
-            while data := file.read(_CHUNK):
-                *whole, rest = (rest + decoder.decode(data)).split("\n")
-                for line in whole:
-                    yield f"{line}\n".encode("utf-8", "surrogatepass")
-            rest += decoder.decode(b"", final=True)
+            for line in lines:
+                yield line.encode()
+                number += 1
         except UnicodeDecodeError as exc:
-            raise ConfigurationError(f"{self.path}: expected {self.encoding}; save the file as UTF-8.") from exc
-        if rest:
-            yield rest.encode("utf-8", "surrogatepass")
+            before = exc.object[: exc.start].decode(self.encoding, "ignore")
+            raise self._problem(number + before.count("\n"), self.encoding) from exc
+
+    def _problem(self, line: int, expected: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.path}, line {line}: expected {expected}; save the file as UTF-8, or name its encoding with --encoding."
+        )
 
 
 def text_file(path: Path, encoding: str | None = None) -> TextFile:
@@ -130,17 +126,26 @@ def text_file(path: Path, encoding: str | None = None) -> TextFile:
     bom, found = next(((bom, name) for bom, name in _BOMS if sample.startswith(bom)), (b"", ""))
     start = sample.removeprefix(bom).replace(b"\0", b"").lstrip()[:1]
     is_json = suffix in JSON_SUFFIXES or (suffix not in TABLE_SUFFIXES and start in (b"{", b"["))
-    if encoding:
-        try:
-            return TextFile(path, is_json, codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8"))
-        except LookupError as exc:
-            raise ConfigurationError(f"--encoding {encoding} is unknown; for example, use cp1252 or utf-16.") from exc
     if not found and sample[:400].count(b"\0") * 3 > len(sample[:400]):
         found = "utf-16-le" if sample[1:2] == b"\0" else "utf-16-be"
+    if encoding:
+        return TextFile(path, is_json, _codec(encoding, found))
     if found or is_json:
         return TextFile(path, is_json, found or "utf-8")
     doubtful = _not_utf8(path)
     return TextFile(path, is_json, _legacy_encoding(path, doubtful), True) if doubtful else TextFile(path, is_json)
+
+
+def _codec(encoding: str, found: str) -> str:
+    """Return the codec of *encoding*, which a flag names; *found* is what the start of the file shows, or empty."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding)  # unlike a look-up, it refuses codecs that are not for texts
+    except LookupError as exc:
+        raise ConfigurationError(f"--encoding {encoding} is unknown; for example, use cp1252 or utf-16.") from exc
+    name = codecs.lookup(encoding).name.removesuffix("-sig")
+    if name in ("utf-16", "utf-32"):  # of either byte order
+        return found if found.startswith(name) else f"{name}-le"
+    return name
 
 
 def table_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
@@ -160,7 +165,7 @@ def _table_lines(file: TextFile, raw: Iterator[bytes]) -> Iterator[str]:
     for number, line in enumerate(raw, 1):
         text = file.decoded(line, number)
         if "\r" in text[:-2] and not text.endswith("\n"):  # old Mac files: one line for csv, several for people
-            yield from text.splitlines(keepends=True)
+            yield from re.findall("[^\r]*\r\n?|[^\r]+", text)  # splitlines also ends a line at a vertical tab
         else:
             yield text
 
@@ -226,6 +231,8 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
             file.seek(0)
             if start.startswith(_ZIP):
                 raise ConfigurationError(_zip_problem(path))
+            if start == _OLD_EXCEL:
+                raise ConfigurationError(f"{path} is an Excel workbook; save the sheet as CSV in UTF-8.")
             if start.startswith(_GZIP):
                 with io.BufferedReader(cast("Any", gzip.GzipFile(fileobj=file)), _SAMPLE) as unpacked:
                     yield unpacked

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aggregator import known_sender, parse_time
+from aggregator import entry_text, known_sender, parse_time
 from domain.conversation import Sender
 from help_desks.columns import Options
 from help_desks.findings import Findings
@@ -22,7 +22,10 @@ SENDERS: dict[str, dict[str, Sender | Literal["event"]]] = {
     },
     "intercom": {"team": "agent"},
 }
-TRUE, FALSE = frozenset({"true", "1", "yes", "t", "y"}), frozenset({"false", "0", "no", "f", "n"})
+# pandas makes 1.0 of a truth value beside gaps, and spreadsheets write truth values in the language of their user.
+TRUE = frozenset("true 1 1.0 yes t y wahr ja vrai oui verdadero sí vero verdadeiro sim waar prawda tak".split())
+FALSE = frozenset("false 0 0.0 no f n falsch nein faux non falso não onwaar nee fałsz nie".split())
+_PUBLIC = frozenset(("", "none", "public", "external"))
 
 
 @dataclass(slots=True)
@@ -76,9 +79,12 @@ class Judge:
     def is_note(self, value: Any, is_public: bool, place: str) -> bool:
         """Return whether *value* marks a private note that is left out; *is_public*: it is true for a public message."""
         name = str(value).strip().lower()
-        is_note = name in ("note", "private", "internal") or name.startswith("note_and_")  # Intercom: note_and_reopen
-        private = name in FALSE if is_public else name in TRUE or is_note
-        if private and not self.options.private_notes:
+        is_private = name.startswith(("note", "private", "internal")) or name in (FALSE if is_public else TRUE)
+        if not is_private and self.desk != "intercom" and name not in TRUE | FALSE | _PUBLIC:
+            self.findings.note(
+                "message", "of which it is not clear whether it is a private note; imported as a turn", place
+            )
+        if is_private and not self.options.private_notes:
             self.findings.note("private note", "left out; --private-notes makes them turns of the agent", place)
             return True
         return False
@@ -95,16 +101,25 @@ def message(sender: Any, at: Any, text: Any, metadata: Mapping[str, Any] | None 
     fields = {
         "sender": sender,
         "timestamp": at,
-        "text": text if isinstance(text, str) else "" if text is None else str(text),
+        "text": _text(text),
     }
     made = {name: value for name, value in fields.items() if name == "text" or value not in (None, "")}
     return {**made, "metadata": dict(metadata)} if metadata else made
 
 
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return entry_text({"text": value}) or str(value)  # an object that holds the text, or a number
+
+
 def joined(parts: Sequence[Part]) -> Part:
     """Return the conversation of *parts*.
 
-    Metadata that is equal in all parts is that of the conversation; the rest stays with its message.
+    Metadata that is equal in all parts is that of the conversation; the rest stays with its message, as does a subject or
+    channel that is not the first one.
     """
     whole = Part(parts[0].number)
     common: Document = {}
@@ -114,11 +129,12 @@ def joined(parts: Sequence[Part]) -> Part:
             common[name] = values[0]
     for part in parts:
         own = {name: value for name, value in part.metadata.items() if name not in common}
+        for name, value in part.fields.items():
+            if whole.fields.setdefault(name, value) != value and name != "created_at":  # which is in the message
+                own[name] = value
         whole.messages += [
             {**each, "metadata": {**each.get("metadata", {}), **own}} if own else each for each in part.messages
         ]
-        for name, value in part.fields.items():
-            whole.fields.setdefault(name, value)
     whole.metadata = common
     return whole
 
@@ -131,14 +147,14 @@ def ordered(messages: list[Document]) -> list[Document]:
 
 
 def document_of(part: Part, desk: str, findings: Findings, place: str) -> Document:
-    """Return the document of the conversation *part*, pending; a conversation without a text has that of its subject."""
+    """Return the document of the conversation *part*; a conversation without a text has that of its subject."""
     subject = part.fields.get("subject")
     if subject and not any(str(each["text"]).strip() for each in part.messages):
         at = part.fields.get("created_at")
         rest = part.messages[0] if part.messages else message("customer", at, "")
-        part.messages = [{**rest, "text": str(subject)}, *part.messages[1:]]
+        part.messages = [{"sender": "customer", **rest, "text": str(subject)}, *part.messages[1:]]
         findings.note("conversation", "without a text; its subject is the text", place)
-    made: Document = {"conversation_number": part.number, "messages": ordered(part.messages), "status": "pending"}
+    made: Document = {"conversation_number": part.number, "messages": ordered(part.messages)}
     if part.number is None:
         del made["conversation_number"]
     elif desk != "table":

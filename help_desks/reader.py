@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aggregator import known_sender
+from aggregator import SENDER_FIELDS, TIME_FIELDS, known_sender
 from domain.text import one_line
 from error_handler import ConfigurationError
 from help_desks import desks, rows, twcs
-from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns
+from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns, values_at
 from help_desks.files import Row, TextFile, table_rows, text_file
 from help_desks.findings import Findings
 from help_desks.json_files import json_values
@@ -73,7 +73,7 @@ class Export:
         file = text_file(self._path, self._options.encoding)
         if file.is_detected:
             self.findings.note("file", f"read as {file.encoding}, which was guessed; --encoding NAME changes it", "")
-        yield from self._of_json(file) if file.is_json else self._of_table(file)
+        yield from map(self._with_state, self._of_json(file) if file.is_json else self._of_table(file))
         for name in sorted(self._missing):
             self.findings.note("--drop-column", f"found no {one_line(name, 40)}", "")
 
@@ -81,12 +81,15 @@ class Export:
         source = table_rows(file)
         place = f"{self._path}, line 1"
         header = _unique(next(source, (0, []))[1])
+        if not header:
+            raise ConfigurationError(f"{place}: the file is empty; expected a header, then a row for each message.")
         desk = desk_of(header) if self._options.layout == "auto" else self._options.layout
         if desk == "twcs" and not self._options.maps:
             header = [name.strip().lower() for name in header]
             self._require_twcs(header, place)
             self.findings.layout = "twcs"
-            lines = ((line, dict(zip(header, row, strict=True))) for line, row in self._counted(source))
+            blank = dict.fromkeys(require_columns(self._options.dropped, header, place), "")
+            lines = ((line, {**dict(zip(header, row, strict=True)), **blank}) for line, row in self._counted(source))
             yield from twcs.threads(self._path, lines, self.findings)
             return
         layout = layout_with(header, self._options, desk, place)
@@ -177,7 +180,7 @@ class Export:
                     self.findings.note("record", "left out: it is no object", place)
 
         def column(name: str) -> Iterator[Any]:
-            return (value[name] for _, value, _ in self._records(file) if isinstance(value, dict) and value.get(name))
+            return (each for _, value, _ in self._records(file) for each in values_at(value, name) if each)
 
         return self._reader(layout, column, ()).documents(values())
 
@@ -193,7 +196,7 @@ class Export:
             yield each
 
     def _own(self, document: Any, place: str) -> Document:
-        """Return *document* with its status fields; *place* names it in the error if it has no accepted shape."""
+        """Return *document* with the fields of its shape; *place* names it in the error if it has no accepted shape."""
         fields: Document = document if isinstance(document, dict) else {}
         turns = {name for name in ("tweets", "messages") if isinstance(fields.get(name), list)}
         if not turns and not isinstance(fields.get("text"), str):
@@ -204,20 +207,32 @@ class Export:
             self.findings.note("document", what, place.rpartition(", ")[2])
             fields = {name: value for name, value in fields.items() if name in kept}
         self._drop(fields)
-        if self._options.customer_roles:
-            fields |= {name: [self._with_side(entry) for entry in fields[name]] for name in turns}
-        if "status" in fields or "processed" in fields:
-            return fields
-        return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
+        if self._options.customer_roles or self._options.is_day_first is not None:
+            fields |= {name: [self._judged(entry) for entry in fields[name]] for name in turns}
+        return fields
+
+    def _with_state(self, document: Document) -> Document:
+        if "status" in document or "processed" in document:
+            return document
+        if not any(isinstance(document.get(name), list) for name in ("tweets", "messages")):
+            return document | {"processed": False, "processing_attempts": 0}
+        return document | {"status": "pending"} if self._options.adds_status else document
 
     def _drop(self, record: Document) -> None:
         self._missing -= {name for name in self._missing | set(self._options.dropped) if drop(record, name)}
 
-    def _with_side(self, entry: Any) -> Any:
-        sender = entry.get("sender") or entry.get("role") or entry.get("author") if isinstance(entry, dict) else None
-        if isinstance(sender, str) and known_sender(sender) is None and sender.lower() in self._options.customer_roles:
-            return {**entry, "sender": "customer"}
-        return entry
+    def _judged(self, entry: Any) -> Any:
+        """Return the turn *entry* with the sender and the times that flags decide."""
+        if not isinstance(entry, dict):
+            return entry
+        order = DateOrder(self._options.is_day_first)
+        read = {name: order.numeric(entry.get(name)) for name in TIME_FIELDS}
+        read["date"] = order.numeric(f"{entry.get('date')} {entry.get('time')}") or read["date"]
+        times = {name: at for name, at in read.items() if at is not None}
+        named = [entry[name] for name in SENDER_FIELDS if entry.get(name)]
+        is_customer = any(str(one).strip().lower() in self._options.customer_roles for one in named)
+        side = {"sender": "customer"} if is_customer and not any(map(known_sender, named)) else {}
+        return {**entry, **times, **side}
 
 
 def _unique(header: list[str]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from storage.extended_json import Document, bson_decode, bson_encode
 Record = dict[str, Any]
 
 _DIRECTIONS = frozenset(plain_name(name) for name in DIRECTION_FIELDS)
+_NO_NUMBER = frozenset(("", "null", "none", "nan", "\\n", "<na>"))  # databases and pandas write a missing value so
 _FIELDS = {
     "text": "messages.text",
     "sender": "messages.sender",
@@ -51,14 +53,21 @@ class RowReader:
 
     def _expanded(self, row: Record, place: str) -> Iterator[tuple[str, Record]]:
         """Yield *row*, or one row for each message if the path of the text goes through a list of objects."""
-        name = self.layout.columns.get("text", "").partition(".")[0]
-        if name in self.layout.columns.values() or not isinstance(row.get(name), list):
+        *names, _ = self.layout.columns.get("text", "").split(".")
+        inner: Any = row
+        path: list[str] = []
+        while names and isinstance(inner, dict):
+            path.append(names.pop(0))
+            inner = inner.get(path[-1])
+        if not isinstance(inner, list):
             yield place, row
             return
         if "conversation_number" not in self.layout.columns:
-            raise ConfigurationError(f"{self.path}: {name} is a list of messages; add --map conversation_number=FIELD.")
-        for each in row[name]:
-            yield place, {**copy.deepcopy(row), name: each}
+            raise ConfigurationError(
+                f"{self.path}: {'.'.join(path)} is a list of messages; add --map conversation_number=FIELD."
+            )
+        for each in inner or [{}]:
+            yield place, _with(row, path, each)
 
     def _grouped(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         with temporary_table(self.path) as table:
@@ -101,7 +110,7 @@ class RowReader:
     def _document(self, part: Part, place: str) -> Document:
         if self.layout.is_own and not part.metadata and not {"channel", "subject"} & part.fields.keys():
             # As every version has written it: the id of such a document is derived from its content.
-            return {"conversation_number": part.number, "messages": part.messages, "status": "pending"}
+            return {"conversation_number": part.number, "messages": part.messages}
         return document_of(part, self.layout.name, self.findings, place)
 
     def _part(self, row: Record, place: str) -> Part | None:
@@ -125,8 +134,9 @@ class RowReader:
         if is_gone:
             self.findings.note("message", "left out: it was deleted", place)
             return None
-        number = taken.get("conversation_number")
-        part = Part(None if number in (None, "") else str(number).strip())
+        value = taken.get("conversation_number")
+        number = "" if value is None else str(value).strip()
+        part = Part(None if number.casefold() in _NO_NUMBER else number)
         at = self.judge.time(taken.get("created_at"), place)
         part.messages = [message(sender, at, taken.get("text"))]
         part.fields = {name: taken[name] for name in ("subject", "channel") if taken.get(name) not in (None, "")}
@@ -164,8 +174,7 @@ class RowReader:
         at = self.judge.time(taken.get("created_at"), place)
         part = Part(None, [], {**taken, "created_at": at}, self._rest(row))
         made: Document = {"_id": document_id} if document_id else {}
-        made |= {"text": text, "metadata": {}, "processed": False, "processing_attempts": 0}
-        return made | top_level(part, ())
+        return {**made, "text": text, "metadata": {}, **top_level(part, ())}
 
     def _taken(self, row: Record) -> dict[str, Any]:
         """Remove the mapped values from *row* and return them by field."""
@@ -174,8 +183,17 @@ class RowReader:
             drop(row, name)
         taken = {}
         for name, column in self.layout.columns.items():
-            taken[name] = value = take(row, column)
+            value = take(row, column)
+            if isinstance(value, float) and math.isnan(value):  # pandas writes it for a missing value
+                value = None
+            taken[name] = value
             self.findings.became(column, _FIELDS.get(name, name), value not in (None, ""))
+        if ":" in str(clock := row.get(self.layout.clock)):
+            at = f"{taken['created_at']} {clock}"
+            if self.judge.dates.read(at) is not None:
+                taken["created_at"] = at
+                self.findings.became(self.layout.clock, _FIELDS["created_at"], True)
+                del row[self.layout.clock]
         return taken
 
     def _rest(self, row: Record) -> Document:
@@ -183,3 +201,10 @@ class RowReader:
         for name, value in row.items():
             self.findings.became(name, f"metadata.{key_name(name)}", value not in (None, "", [], {}))
         return kept
+
+
+def _with(record: Record, names: Sequence[str], value: Any) -> Record:
+    """Return a copy of *record* with *value* at the path of *names*; the old value there is not copied."""
+    head, *rest = names
+    new = _with(record[head], rest, value) if rest else value
+    return {name: new if name == head else copy.deepcopy(item) for name, item in record.items()}

@@ -22,6 +22,10 @@ def temporary_table(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect("", check_same_thread=False)) as table:
             table.execute("CREATE TABLE entries (place INTEGER PRIMARY KEY, name TEXT, parent TEXT, inbound, entry)")
             yield table
+    except UnicodeEncodeError as exc:
+        raise ConfigurationError(
+            f"{path}: an id contains half of a surrogate pair (\\ud800 to \\udfff), which cannot be stored; correct it."
+        ) from exc
     except sqlite3.Error as exc:
         raise ConfigurationError(
             f"{path} cannot be grouped in the temporary folder ({exc}); free space, or set TMPDIR to a larger disk."

@@ -63,7 +63,7 @@ def threads(path: Path, rows: Iterator[tuple[int, Row]], findings: Findings) -> 
             found = table.execute(_THREAD, (start,)).fetchall()
             table.executemany("UPDATE entries SET is_threaded = 1 WHERE place = ?", [(place,) for _, place in found])
             tweets = [json.loads(entry) for entry, _ in found]
-            yield {"conversation_number": str(number), "tweets": tweets, "status": "pending"}
+            yield {"conversation_number": str(number), "tweets": tweets}
         for (place,) in table.execute("SELECT place FROM entries WHERE is_threaded IS NULL ORDER BY place"):
             findings.note("tweet", "left out: in no thread that a customer started", f"line {place}")
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from bson import Int64, ObjectId
+from bson import Code, Int64, ObjectId
 from bson.datetime_ms import DatetimeMS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -254,10 +254,10 @@ def test_documents_with_nothing_to_classify_are_skipped(document: dict[str, Any]
 def test_bad_turns_among_good_ones_are_left_out_and_counted() -> None:
     """The conversation is what can be read; ``turns_total`` tells that there was more."""
     document = messages(("customer", "good"), ("agent", None), ("agent", "fine"))
-    document["messages"] += [None, "text", {"text": "no sender"}]
+    document["messages"] += [None, "text", {"text": "no sender"}, {"text": "odd", "sender": Code("agent")}]
     conversation = aggregate_conversation(document)
-    assert conversation.transcript == "Customer: good\nAgent: fine\nUnknown: no sender"
-    assert conversation.turns_total == 6
+    assert conversation.transcript == "Customer: good\nAgent: fine\nUnknown: no sender\nUnknown: odd"
+    assert conversation.turns_total == 7
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,11 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Importing", total=None)
-        export = export_of(arguments, lambda row: progress.update(task, description=f"Reading row {row:,}"))
+        export = export_of(
+            arguments,
+            lambda row: progress.update(task, description=f"Reading row {row:,}"),
+            adds_status=states.is_default,  # else the field is another program's; a missing state counts as pending
+        )
         documents = export.documents() if export else _samples(arguments.count, console)
         with_ids = _with_ids(documents, lambda: export is not None and export.has_rows)
         chosen = _judged(itertools.islice(_with_own_status(with_ids, states, moved), arguments.count), notes)
@@ -144,7 +148,7 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         print("Preview:" if first else "There is no conversation in the file.")
         print(*(line for document in first[:2] for line in preview_lines(document)), sep="\n")
     done = f"{_outcome(read, new, growth, arguments.update)}, in {settings.db_name}.{settings.source_collection}."
-    print(f"Read {read} documents: {'nothing is written (--dry-run).' if arguments.dry_run else done}")
+    print(f"Read {counted(read, 'document')}: {'nothing is written (--dry-run).' if arguments.dry_run else done}")
     for line in export.findings.note_lines() if export else ():
         console.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
     notes.show(console)
@@ -238,8 +242,6 @@ def _with_own_status(documents: Iterable[Document], states: StateFields, moved: 
             document["metadata"] = {**kept, "document_status" if "status" in kept else "status": status}
             if "tweets" in document or "messages" in document:
                 document[states.status] = "pending"
-        elif not states.is_default and document.get("status") == "pending":
-            del document["status"]  # the field is another program's; a missing state counts as pending
         yield document
 
 
@@ -305,7 +307,8 @@ async def _insert(
             read += len(page)
             on_read(read)
     except TriadError:
-        sys.stderr.write(f"{read} documents were imported before the error; the same command imports the rest.\n")
+        imported = counted(read, "document was", "documents were")
+        sys.stderr.write(f"{imported} imported before the error; the same command imports the rest.\n")
         raise
     return read, new
 

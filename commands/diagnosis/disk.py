@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
     if not directory.is_dir():
         return
     paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
-    open_paths = [path for path in paths if path.stat().st_mode & 0o077]
+    open_paths = [path for path in paths if is_open(path)]
     if open_paths:
         sentence = (
             f"Other users can access {counted(len(open_paths), 'path')} in {directory}, which holds customer text."
@@ -81,6 +82,13 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
         yield warning(sentence, f"chmod -R go-rwx {directory}", paths=len(open_paths))
     else:
         yield ok(f"Only this user can read {directory} (directories 0700, files 0600).")
+
+
+def is_open(path: Path) -> bool:
+    """Return whether other users can access *path*; False if it is gone, because a worker finished it meanwhile."""
+    with suppress(FileNotFoundError):
+        return bool(path.stat().st_mode & 0o077)
+    return False
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:

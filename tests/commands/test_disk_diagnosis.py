@@ -136,6 +136,7 @@ def test_files_readable_by_others_are_a_warning(directory: Path) -> None:
     assert (found.level, found.numbers) == ("warning", {"paths": 2})
     subprocess.run(found.remedy.split(), check=True)
     assert the_one(findings(directory), "Only this user can read")
+    assert not disk_diagnosis.is_open(directory / "finished by a worker meanwhile")
 
 
 def test_lock_of_a_worker_is_reported_and_kept(directory: Path) -> None:

@@ -220,6 +220,7 @@ def test_result_of_a_student_is_marked(place: Site) -> None:
 def test_label_filter_sees_corrected_labels(place: Site) -> None:
     """A corrected label counts instead of the one that the result has."""
     place.results.insert_many([result(0), result(1), result(2, intent="Other"), result(3, intent="Cancellation")])
+    place.results.insert_many([result(4, intent={"unlike": "a label"}), result(5, intent=[["Complaint"]])])
     corrections(place).insert_many([correction(1, "Other"), correction(2, "Complaint")])
     assert numbers(exported(place, "--label", "intent=complaint")) == ["0", "2"]
     assert numbers(exported(place, "--label", "intent=Complaint", "--label", "intent=Cancellation")) == ["0", "2", "3"]
@@ -259,6 +260,8 @@ def test_filters_select_by_time_model_confidence_and_number(place: Site, flags: 
         (["--since", "yesterday"], "must be a date or a time, for example 2026-11-01"),
         (["--until", "2026-W48"], "must be a date or a time, for example 2026-11-01"),
         (["--until", "9999-12-31"], "must be a date or a time"),
+        (["--since", "0001-01-01T00:00+12:00"], "must be a date or a time"),
+        (["--since", "2026-11-02", "--until", "2026-11-01"], "--since 2026-11-02 00:00 UTC is not before --until"),
         (["--confidence-below", "2"], "must be a number, 0 to 1"),
         (["--output", "-", "--format", "xlsx"], "--format xlsx cannot go to stdout: name a file with --output."),
         (["--output", "labels"], "labels does not end in a format: add --format csv, for example."),
@@ -329,7 +332,7 @@ def test_nothing_of_a_result_is_left_out_silently(place: Site) -> None:
     odd["processing_metadata"]["confidence"]["urgency"] = 0.123
     odd["conversation"]["turns"] = 2.5
     odd |= {"cost": Decimal128("1.25"), "at": datetime(2020, 1, 2, tzinfo=UTC), "classes": []}
-    place.results.insert_many([result(0), odd, {"note": "not-a-result"}])
+    place.results.insert_many([result(0), odd, {"note": "not-a-result", "classification": "spoilt"}])
     corrections(place).insert_one(correction(1, "calm-now", field="urgency", reviewer="carla"))
     ended = export(place, "out.jsonl")
     assert ended.code == 0
@@ -346,7 +349,7 @@ def test_nothing_of_a_result_is_left_out_silently(place: Site) -> None:
     assert told["cost"] == {"$numberDecimal": "1.25"}
     assert told["corrections"]["urgency"]["reviewer"] == "carla"
     assert row["copied_from"] == "0" * 24
-    assert foreign["other_fields"] == {"note": "not-a-result"}
+    assert foreign["other_fields"] == {"note": "not-a-result", "classification": "spoilt"}
     for name in ("classification.urgency (1)", "cost (1)", "processing_metadata.weather"):
         assert name in ended.err or " more." in ended.err
 
@@ -379,6 +382,7 @@ def test_text_is_exported_only_if_asked_for(place: Site, monkeypatch: pytest.Mon
     ended = export(place, "out.jsonl")
     assert SECRET not in (place.folder / "out.jsonl").read_text()
     assert "5 results with original_conversation: it is not exported; --text adds transcripts." in ended.err
+    assert "export: 1 result with original_conversation" in export(place, "out.jsonl", "--limit", "1").err
     row = rows_of(place.folder / "out.jsonl")[0]
     assert "transcript" not in row
     assert row["other_fields"] is None
@@ -435,13 +439,17 @@ def test_xlsx_goes_on_in_another_sheet(place: Site, monkeypatch: pytest.MonkeyPa
 
 
 def test_xlsx_names_what_a_cell_cannot_hold(place: Site) -> None:
-    place.results.insert_many([result(0, categorization="x" * 40_000), result(1, categorization="bell \x07 here")])
+    texts = ["x" * 40_000, "bell \x07 here", "\U0001f4e6" * 20_000, "\U0001f4e6" * 16_383]
+    place.results.insert_many([result(number, categorization=text) for number, text in enumerate(texts)])
     ended = export(place, "out.xlsx")
-    first, second = rows_of(place.folder / "out.xlsx")
+    first, second, boxes, fitting = rows_of(place.folder / "out.xlsx")
     assert len(first["categorization"]) == 32_767
     assert first["categorization"].endswith("x [cut]")
     assert second["categorization"] == "bell \ufffd here"
-    assert "1 text cut to 32,767 characters, the limit of a cell of XLSX. The other formats keep them." in ended.err
+    assert len(boxes["categorization"].encode("utf-16-le")) == 2 * 32_766  # half a box is left out
+    assert boxes["categorization"].endswith("\U0001f4e6 [cut]")
+    assert fitting["categorization"] == texts[3]
+    assert "2 texts cut to 32,767 characters, the limit of a cell of XLSX. The other formats keep them." in ended.err
     assert "1 text with characters that XLSX cannot hold" in ended.err
 
 

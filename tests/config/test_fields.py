@@ -88,6 +88,10 @@ def test_sentiments_may_have_definitions(tmp_path: Path) -> None:
         pytest.param("fields: {urgency: {labels: [A], colour: red}}", "fields > urgency must be", id="unknown-key"),
         pytest.param("fields: {urgency: []}", "fields > urgency > labels must hold distinct", id="empty-list"),
         pytest.param("fields: {urgency: [A, a]}", "fields > urgency > labels must hold distinct", id="same-label"),
+        pytest.param(
+            "fields:\n  urgency: [A]\n  urgency: [B]", r"\(line \d+: urgency is there twice\)", id="same-field"
+        ),
+        pytest.param("fields: {urgency: [A", r"is not valid YAML \(line \d+: ", id="no-yaml"),
         pytest.param("fields: {urgency: [A, 5]}", "fields > urgency > labels must be .* quotes", id="number"),
         pytest.param("fields: {urgency: {labels: {A: }}}", "fields > urgency > labels > A needs", id="no-definition"),
         pytest.param("fields: {urgency: {labels: {5: x}}}", "fields > urgency > labels > 5 .* quotes", id="number-key"),

@@ -255,6 +255,13 @@ def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeyp
     main_name = next(variables_of(Settings, field)[0] for field in VALUES if name in variables_of(Settings, field))
     assert main_name in message
     assert message.startswith("Wrong setting: ")
+    assert "pattern" not in message
+
+
+def test_only_the_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of MONGODB_DB comes from MONGODB_URI."""
+    monkeypatch.setenv("MONGODB_URI", "mongo://localhost")
+    assert refusal() == "Wrong setting: MONGODB_URI: must start with mongodb:// or mongodb+srv://."
 
 
 def test_several_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,12 +153,18 @@ def test_status_of_another_program_hides_no_document(
 def test_status_stays_where_the_state_has_a_field_of_its_own(
     run: Run, source: Collection[dict[str, Any]], tmp_path: Path
 ) -> None:
-    path = lines_of(tmp_path / "a.jsonl", [{"_id": 1, "text": "hi", "status": "closed"}])
+    said = [{"sender": "customer", "text": "hi"}]
+    documents = [{"_id": 1, "text": "hi", "status": "closed"}, {"_id": 2, "messages": said, "status": "pending"}]
+    path = lines_of(tmp_path / "a.jsonl", documents)
     own = clean_environment() | {"STATUS_FIELD": "triad"}
     assert run("--file", path, env=own).stderr == ""
     assert run("--file", EXPORTS / "freshdesk.json", env=own).returncode == 0
-    assert [document.get("status") for document in source.find(sort=[("_id", 1)])] == ["closed", None, None]
+    assert [document.get("status") for document in source.find(sort=[("_id", 1)])] == ["closed", "pending", None, None]
     assert source.count_documents({"triad": {"$exists": True}}) == 0
+    path = lines_of(tmp_path / "a.jsonl", [{"_id": 3, "messages": said, "triad": "open"}])
+    assert "1 document had a status of another program: open (1)." in run("--file", path, env=own).stderr
+    expected = {"_id": 3, "messages": said, "triad": "pending", "metadata": {"status": "open"}}
+    assert source.find_one({"_id": 3}) == expected
 
 
 def test_documents_without_id_are_recognised_by_their_content(
@@ -179,8 +185,8 @@ def test_count_takes_the_first_of_a_file_and_collection_has_two_names(
 ) -> None:
     path = tmp_path / "q.csv"
     path.write_text("id,text\n" + "".join(f"doc{number},hello\n" for number in range(1200)))
-    assert "Read 1100 documents: 1100 new" in run("--file", path, "--count", "1100", "--collection", "queries").stdout
-    assert "Read 1200 documents: 100 new" in run("--file", path, "--source-collection", "queries").stdout
+    assert "Read 1,100 documents: 1100 new" in run("--file", path, "--count", "1100", "--collection", "queries").stdout
+    assert "Read 1,200 documents: 100 new" in run("--file", path, "--source-collection", "queries").stdout
     assert source.database["queries"].find_one({"_id": "doc7"}) == {
         "_id": "doc7",
         "text": "hello",
@@ -296,8 +302,18 @@ def test_flags_reach_the_reader(run: Run, source: Collection[dict[str, Any]], tm
     assert "metadata" not in document
 
 
-@pytest.mark.parametrize("flag", [("--map", "text=a"), ("--format", "zendesk"), ("--drop-column", "a")])
-def test_flags_about_a_file_need_one(capsys: pytest.CaptureFixture[str], flag: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--map", "text=a"),
+        ("--format", "zendesk"),
+        ("--drop-column", "a"),
+        ("--encoding", "cp1252"),
+        ("--dates", "day-first"),
+        ("--private-notes",),
+    ],
+)
+def test_flags_about_a_file_need_one(capsys: pytest.CaptureFixture[str], flag: tuple[str, ...]) -> None:
     assert mongodb_import.main([*flag]) == 2
     assert f"{flag[0]} is about the file to import; add --file FILE." in capsys.readouterr().err
 
@@ -331,7 +347,7 @@ def test_import_of_60_mb_needs_little_memory(name: str, tmp_path: Path) -> None:
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=110, cwd=ROOT
     )
     code, peak = done.stdout.split("PEAK")[1].split()
-    assert "Read 5000 documents" in done.stdout
+    assert "Read 5,000 documents" in done.stdout
     assert (int(code), int(peak) < 120_000) == (0, True), peak
 
 

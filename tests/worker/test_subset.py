@@ -92,6 +92,7 @@ def test_retry_files_outside_the_subset_are_left_alone(site: Site) -> None:
         ("[]", "must be a JSON object"),
         ("{}", "if it is empty"),
         ('{"$where": "sleep(1000)"}', "$where"),
+        ('{"$or": [{"$$where": "sleep(1000)"}]}', "$where"),
         ('{"$or": [{"a": 1}, {"$expr": {"$function": {"body": "", "args": [], "lang": "js"}}}]}', "$function"),
         ('{"$expr": {"a": {"$accumulator": {}}}}', "$accumulator"),
         ('{"$text": {"$search": "late"}}', "$text"),
