@@ -44,10 +44,12 @@ class Gold:
             return
         given = next((document[name] for name in NESTED if isinstance(document.get(name), dict)), document)
         labels: dict[str, Labels] = {}
+        has_label = False
         for name in spelling.fields:
             value = given.get(name)
-            if value is None or value == "":
+            if value is None or (isinstance(value, str) and not value.strip()):
                 continue
+            has_label = True
             found = spelling.read(name, value)
             if found is None:
                 self.problems.append(Problem("outside", place, f"{name} {one_line(str(value), 60)}"))
@@ -61,7 +63,7 @@ class Gold:
         elif labels:
             is_named = number in (None, "") or (bool(ids) and not has_own_id)
             self.entries.append(GoldEntry(place, ids, None if is_named else str(number), labels))
-        elif not any(given.get(name) for name in spelling.fields):
+        elif not has_label:
             self.problems.append(Problem("no_label", place))
 
 
