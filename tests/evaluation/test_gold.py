@@ -46,8 +46,8 @@ def test_forms_of_a_json_line(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_with_some_of_the_fields(delimiter: str, tmp_path: Path) -> None:
-    """Excel writes a byte order mark, and semicolons in some countries."""
-    rows = [["conversation_number", "intent", "note"], ["7", "Order Status", "x"], ["8", " ", "nothing"]]
+    """Excel writes a byte order mark, and semicolons in some countries. A blank cell says nothing."""
+    rows = [["_id", "conversation_number", "intent"], [" ", "7", "Order Status"], ["", "8", " "]]
     text = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
     gold = read(tmp_path, "gold.csv", text)
     assert gold.entries == [GoldEntry("line 2", (), "7", {"intent": ("Order Status",)})]
