@@ -93,7 +93,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     candidates = candidates_of(development)
     if not candidates or not others:
         raise ConfigurationError(
-            f"{counted(len(reviewed), 'reviewed conversation')} give no example to try: corrected ones of at most 1,500 "
+            f"There is no example to try in {counted(len(reviewed), 'reviewed conversation')}: corrected ones of at most 1,500 "
             "characters are needed, and others to measure with. Review more: python cli.py review."
         )
     most = most_calls(development, others, candidates)

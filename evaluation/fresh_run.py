@@ -38,6 +38,12 @@ from worker.reply_choice import classifier_for
 from worker.shared_window import loaded_window
 
 JOB = "evaluation"
+OWN = (
+    "",
+    "_corrections",
+    "_review_leases",
+    "_counts",
+)  # collections beside the results; an index of results blocks them
 
 
 def evaluation_name(results: str) -> str:
@@ -64,7 +70,8 @@ class FreshRun:
 
     def __init__(self, settings: Settings, store: DocumentStore, into: str, reporter: Reporter) -> None:
         """Raise ConfigurationError if *into* is a collection of the worker, or the concurrency is not fixed."""
-        if into in (settings.source_collection, settings.results_collection):
+        own = (settings.source_collection, *(f"{settings.results_collection}{end}" for end in OWN))
+        if into in own:
             raise ConfigurationError(f"--run-into {into} is a collection of the worker; name another one.")
         if settings.max_concurrent == "auto":
             raise ConfigurationError("--run requires a fixed concurrency; set --max-concurrent to a number.")

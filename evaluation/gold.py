@@ -44,25 +44,31 @@ class Gold:
             return
         given = next((document[name] for name in NESTED if isinstance(document.get(name), dict)), document)
         labels: dict[str, Labels] = {}
+        has_label = False
         for name in spelling.fields:
             value = given.get(name)
-            if value is None or value == "":
+            if _is_blank(value):
                 continue
+            has_label = True
             found = spelling.read(name, value)
             if found is None:
                 self.problems.append(Problem("outside", place, f"{name} {one_line(str(value), 60)}"))
             else:
                 labels[name] = found
-        value = next((document[name] for name in ID_FIELDS if document.get(name) not in (None, "")), None)
+        value = next((document[name] for name in ID_FIELDS if not _is_blank(document.get(name))), None)
         number = document.get("conversation_number")
         ids = () if value is None else possible_ids(value)
-        if not ids and number in (None, ""):
+        if not ids and _is_blank(number):
             self.problems.append(Problem("no_key", place))
         elif labels:
-            is_named = number in (None, "") or (bool(ids) and not has_own_id)
+            is_named = _is_blank(number) or (bool(ids) and not has_own_id)
             self.entries.append(GoldEntry(place, ids, None if is_named else str(number), labels))
-        elif not any(given.get(name) for name in spelling.fields):
+        elif not has_label:
             self.problems.append(Problem("no_label", place))
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def read_gold_file(path: Path, spelling: Spelling) -> Gold:

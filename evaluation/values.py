@@ -147,7 +147,9 @@ class Spelling:
         """
         known = self._known[name]
         if isinstance(value, bool):
-            value = "yes" if value else "no"
+            value = next(
+                (word for word in (("yes", "true") if value else ("no", "false")) if word in known), str(value)
+            )
         if isinstance(value, str) and fold_label(value) not in known:
             value = [part for part in value.split("|") if part.strip()]
         given = labels_of(value)

@@ -132,7 +132,7 @@ async def suggest(
     right = {id(one): _right(one, answer) for one, answer in zip(development, answers, strict=True)}
     first = dict(zip(map(id, development), answers, strict=True))
     before = dict(right)
-    found = Suggestion(development_labels=sum(len(one.labels) for one in development))
+    found = Suggestion()
     used: set[int] = set()
     for candidate in candidates:
         if len(found.chosen) == MAX_EXAMPLES:

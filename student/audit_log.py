@@ -75,15 +75,17 @@ class AuditLog:
         share = self.audit.share
         return share if int.from_bytes(drawn[:8]) < share * 2**64 else None
 
-    def record(self, input_sha256: str, share: float, *, agreed: bool) -> None:
+    def record(self, input_sha256: str, share: float, *, agreed: bool) -> bool:
         """Record durably whether the labels of the student were the model's, with the *share* of ``drawn``; nothing if this
-        conversation is recorded today.
+        conversation is recorded today. Return whether this comparison has broken the promise, which one does at most.
 
         Raises StateDirectoryError if it cannot be written.
         """
         row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, self._today(), share)
         insert = "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, day, share) VALUES (?, ?, ?, ?, ?, ?)"
         with self._file.transaction() as db:
+            was_broken = self.audit.is_broken
             is_new = db.execute(insert, row).rowcount
             if is_new:
                 self.audit.record(agreed, share)
+            return self.audit.is_broken and not was_broken

@@ -62,9 +62,7 @@ class FirstAnswer:
         return classify
 
     async def _compare(self, key: str, share: float, *, agreed: bool) -> None:
-        was_broken = self._log.audit.is_broken
-        await asyncio.to_thread(self._log.record, key, share, agreed=agreed)
-        if self._log.audit.is_broken and not was_broken:
+        if await asyncio.to_thread(self._log.record, key, share, agreed=agreed):
             logger.warning("%s withdraws: %s", self._student.name, self._log.audit.sentence())
             self._tell(withdrawn(self._student, self._log))
 

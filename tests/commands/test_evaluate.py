@@ -473,7 +473,7 @@ def test_run_without_a_model_server_exits_with_3(to_classify: Site) -> None:
     assert ended.code == 3
 
 
-@pytest.mark.parametrize("name", ["conversation_set", "sentimental_analysis"])
+@pytest.mark.parametrize("name", ["conversation_set", "sentimental_analysis", "sentimental_analysis_corrections"])
 def test_run_never_writes_into_the_collections_of_the_worker(to_classify: Site, name: str) -> None:
     """Not even if asked to."""
     ended = evaluate(to_classify, "--gold", "gold.jsonl", "--run", "3", "--run-into", name)

@@ -9,6 +9,7 @@ import pytest
 from bson import Int64, ObjectId
 
 from config import load_taxonomy
+from config.taxonomy import Field, Label, Taxonomy
 from error_handler import ConfigurationError
 from evaluation.gold import Gold, match, merge, possible_ids, read_gold_file
 from evaluation.values import GoldEntry, Labelled, Labels, Spelling
@@ -45,8 +46,8 @@ def test_forms_of_a_json_line(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_with_some_of_the_fields(delimiter: str, tmp_path: Path) -> None:
-    """Excel writes a byte order mark, and semicolons in some countries."""
-    rows = [["conversation_number", "intent", "note"], ["7", "Order Status", "x"], ["8", "", "nothing"]]
+    """Excel writes a byte order mark, and semicolons in some countries. A blank cell says nothing."""
+    rows = [["_id", "conversation_number", "intent"], [" ", "7", "Order Status"], ["", "8", " "]]
     text = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
     gold = read(tmp_path, "gold.csv", text)
     assert gold.entries == [GoldEntry("line 2", (), "7", {"intent": ("Order Status",)})]
@@ -59,6 +60,14 @@ def test_several_labels_are_a_list_or_separated_by_bars() -> None:
     assert SPELLING.read("intent", ["Refund Request", "Complaint"]) == expected
     assert SPELLING.read("intent", "refund request | complaint") == expected
     assert SPELLING.read("intent", []) == ()
+
+
+@pytest.mark.parametrize("names", [("Yes", "No"), ("true", "false")])
+def test_truth_value_is_a_label_of_two(names: tuple[str, str]) -> None:
+    """YAML reads neither pair as truth values in a taxonomy, but JSON has them."""
+    spelling = Spelling(Taxonomy((Field("escalate", tuple(Label(name, "") for name in names)),)))
+    assert [spelling.read("escalate", value) for value in (True, False)] == [(names[0],), (names[1],)]
+    assert SPELLING.read("intent", True) is None
 
 
 def test_unusable_lines_are_listed_and_the_others_are_kept(tmp_path: Path) -> None:

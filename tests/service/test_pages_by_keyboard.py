@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pymongo.database import Database
 
+from config.taxonomy import DEFAULT_TAXONOMY
 from tests.commands.test_quarantine import failed
 from tests.review.review_site import AGREED, fill, result
 from tests.service.chromium import Visit, visit
@@ -43,8 +44,12 @@ def dashboard(tmp_path: Path, settings: dict[str, str], database: Data) -> Itera
 
 @pytest.fixture
 def review(tmp_path: Path, settings: dict[str, str]) -> Iterator[ServiceProcess]:
-    """A service with the review page alone."""
-    with serve(tmp_path, app=WITH_PHRASES, API_EXPOSE_REVIEW="key", **settings, **SHARES) as process:
+    """A service with the review page alone; a field that may have several labels was added to the taxonomy."""
+    taxonomy = tmp_path / "taxonomy.yaml"
+    more = "\nfields: {tags: {labels: [Late, Lost, Damaged], multiple: true}}\n"
+    taxonomy.write_text(DEFAULT_TAXONOMY.read_text(encoding="utf-8") + more, encoding="utf-8")
+    own = {**settings, **SHARES, "TAXONOMY_FILE": str(taxonomy)}
+    with serve(tmp_path, app=WITH_PHRASES, API_EXPOSE_REVIEW="key", **own) as process:
         yield process
 
 
@@ -159,7 +164,11 @@ async def decisions(seen: Visit, url: str, database: Data) -> None:
     await shown(seen, 2)
     await keys.press("s")
     await shown(seen, 3)
+    for label in ("Late", "Lost", "Damaged", "Late"):
+        await page.locator(f"[data-field=tags] [data-label={label}]").click()
+    await page.locator("#decision legend").first.click()  # the focus leaves the buttons
     await keys.press("Enter")
     await page.locator("#review-status").get_by_text("No conversation is left").wait_for()
     assert await page.title() == "Review labels"
     assert {one["reviewer"] for one in corrections(database)} == {"anna"}
+    assert [one["to"] for one in corrections(database) if one["field"] == "tags"] == [["Lost", "Damaged"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_comparison_counts_once_in_the_file_and_in_the_running_test(tmp_path: Pa
     for student, promise in (("student-1", 0.9), ("student-0", 0.95)):
         with AuditLog(path, student, Audit(promise)) as log:
             assert log.audit.audited == 0
+
+
+def test_one_comparison_breaks_the_promise(tmp_path: Path) -> None:
+    """Calls in flight are compared at the same time, and the withdrawal is told once."""
+    with AuditLog(tmp_path / "audit.sqlite", "student-0", Audit(0.9)) as log, ThreadPoolExecutor(4) as threads:
+        broken = list(threads.map(lambda key: log.record(key, 1.0, agreed=False), HASHES[:40]))
+    assert broken.count(True) == 1
 
 
 def test_comparison_keeps_the_share_with_which_it_was_drawn(tmp_path: Path) -> None:
