@@ -12,6 +12,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -33,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5, code fewer
+BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5
 TOKENS_PER_MESSAGE = 4
+# What one token has at most: JSON, numbers and ids have few bytes for each token.
+_PIECE = re.compile(rb"[A-Za-z]{1,7}|[0-9]{1,3}|[!-/:-@\[-`{-~]|[\x80-\xff]{1,3}|\n+| (?=[0-9])")
 
 
 def custom_id_of(job_id: str, document_id: str, sending: int) -> str:
@@ -61,9 +64,24 @@ def estimated_tokens(body: Mapping[str, Any]) -> int:
     """Return an upper estimate of the prompt tokens of *body*."""
     messages = body.get("messages", ())
     # Bytes, not characters: other scripts have up to one token per character.
-    size = sum(len(str(message.get("content", "")).encode(errors="replace")) for message in messages)
-    schema = orjson.dumps(body["response_format"]) if body.get("response_format") else b""
-    return int((size + len(schema)) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE * len(messages) + 1
+    texts = [str(message.get("content", "")).encode(errors="replace") for message in messages]
+    if body.get("response_format"):
+        texts.append(orjson.dumps(body["response_format"]))
+    tokens = sum(max(len(text) / BYTES_PER_TOKEN, _PIECE.subn(b"", text)[1]) for text in texts)
+    return int(tokens) + TOKENS_PER_MESSAGE * len(messages) + 1
+
+
+def reply_limit(path: Path) -> int | None:
+    """Return the answer tokens that each request of the file *path* allows; None if the file cannot be read.
+
+    All requests of a file have the same model and limits.
+    """
+    try:
+        with path.open("rb") as file:
+            body = orjson.loads(file.readline())["body"]
+        return int(body.get("max_completion_tokens") or body["max_tokens"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 class ShardWriter:

@@ -193,6 +193,19 @@ def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
     assert "25 documents may cost up to" in refused.err
 
 
+def test_unsent_files_are_priced_by_their_own_model(job: Job, openai: FakeOpenAI) -> None:
+    """The settings have changed since: the files still ask the dear model for long answers."""
+    openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
+    dear = {"OPENAI_MODEL": "gpt-4o", "OPENAI_MAX_TOKENS": "900"}
+    assert job.cli("submit", **dear).code == 2
+    price = job.cli("run", "--dry-run", "--json", **dear).json["most_usd"]
+    assert job.cli("run", "--dry-run", "--json").json["most_usd"] == price > 0
+    refused = job.cli("run", "--max-cost", f"{price * 0.9:.6f}")
+    assert refused.code == 2
+    assert "25 documents may cost up to" in refused.err
+    assert openai.stats()["batches_created"] == 0
+
+
 def test_max_cost_refuses_before_sending(job: Job, openai: FakeOpenAI) -> None:
     """Nothing is claimed either; below the limit the run completes."""
     price = job.cli("run", "--dry-run", "--json").json["most_usd"]

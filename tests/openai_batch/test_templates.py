@@ -23,6 +23,7 @@ from openai_batch.documents import (
     fill,
 )
 from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
+from openai_batch.planning import estimated_tokens
 from tests.cases import mostly_thorough
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -240,6 +241,20 @@ def test_size_limits_of_templates_and_prompts() -> None:
         PromptTemplate("system_prompt", "{{ t }}").render({"t": "x" * (MAX_PROMPT_CHARACTERS + 1)})
     with pytest.raises(JobTemplateError, match="system_prompt, line 2"):
         PromptTemplate("system_prompt", "x\n{{ x")
+
+
+def test_token_estimate_of_data_is_not_too_low() -> None:
+    """JSON and numbers have few bytes for each token. The counts are those of o200k_base, the encoding of GPT-4o."""
+    rows = [{"id": number, "at": f"2026-11-{number % 28 + 1:02}T10:00:00Z", "ok": None} for number in range(100)]
+    numbers = [
+        f"{n * 7919 % 1000:03}-{n * 104729 % 10**7:07}-{n * 1299709 % 10**7:07}: {n}.{n % 100:02} EUR"
+        for n in range(1, 101)
+    ]
+    for text, tokens in ((json.dumps(rows), 2901), ("\n".join(numbers), 1599)):
+        estimate = estimated_tokens({"messages": [{"role": "user", "content": text}]})
+        assert tokens <= estimate < 1.5 * tokens
+        as_schema = estimated_tokens({"response_format": {"type": text}})
+        assert as_schema >= tokens
 
 
 def test_fill_keeps_types_and_keys() -> None:
