@@ -266,17 +266,17 @@ class JobProgress:
 class Preview:
     """The requests of the pending documents, and of those in files that are not sent yet (*waiting*).
 
-    *usage* has, for each model, an upper estimate of the prompt tokens, and the limit of all answers together: the files
-    may be of another model. *usd* is the price of answers of the maximum length, None if the price of the model *unpriced* is unknown;
-    *is_assumed*: see ``BatchPrice``. *examples* are the exact bodies of the first documents, *problems* the reasons of
-    the first *refused* ones.
+    *usage* has, for each model, an upper estimate of the prompt tokens, the limit of all answers together, and the longest
+    prompt: the files may be of another model. *usd* is the price of answers of the maximum length, None if the price of
+    the model *unpriced* is unknown; *is_assumed*: see ``BatchPrice``. *examples* are the exact bodies of the first
+    documents, *problems* the reasons of the first *refused* ones.
     """
 
     documents: int = 0
     waiting: int = 0
     refused: int = 0
     bytes: int = 0
-    usage: dict[str, tuple[int, int]] = field(default_factory=dict)
+    usage: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     usd: float | None = None
     is_assumed: bool = False
     unpriced: str | None = None
@@ -286,12 +286,12 @@ class Preview:
     @property
     def prompt_tokens(self) -> int:
         """The prompt tokens of all models."""
-        return sum(prompt for prompt, _ in self.usage.values())
+        return sum(prompt for prompt, _, _ in self.usage.values())
 
     @property
     def most_reply_tokens(self) -> int:
         """The answer tokens of all models."""
-        return sum(reply for _, reply in self.usage.values())
+        return sum(reply for _, reply, _ in self.usage.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -305,13 +305,16 @@ class Preview:
         }
 
     def count(self, model: str, prompt_tokens: int, reply_tokens: int) -> None:
-        """Count the tokens of requests to *model*."""
-        prompt, reply = self.usage.get(model, (0, 0))
-        self.usage[model] = (prompt + prompt_tokens, reply + reply_tokens)
+        """Count the tokens of a request to *model*, or of some, which may all be those of one."""
+        prompt, reply, longest = self.usage.get(model, (0, 0, 0))
+        self.usage[model] = (prompt + prompt_tokens, reply + reply_tokens, max(longest, prompt_tokens))
 
     def set_price(self) -> None:
         """Set the price of everything that was counted."""
-        priced = {model: batch_prices(*tokens, [model]) for model, tokens in self.usage.items()}
+        priced = {
+            model: batch_prices(prompt, reply, [model], longest)
+            for model, (prompt, reply, longest) in self.usage.items()
+        }
         self.unpriced = next((model for model, prices in priced.items() if not prices), None)
         found = [price for prices in priced.values() for price in prices]
         self.usd = None if self.unpriced else math.fsum(price.usd for price in found)

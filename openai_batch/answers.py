@@ -17,9 +17,10 @@ from domain.server_reason import server_reason
 from error_handler import JobProcessingError
 from model_server.refusals import refused_options
 from openai_batch.batch_protocol import Line, parse_line, texts_of
+from openai_batch.job_config import Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Answer, Ending
-from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
+from openai_batch.ledger import CANCELLED_HERE, NOT_RUN, Item, ItemState, Shard
 from storage.extended_json import id_text, loads
 from storage.files import explained
 
@@ -78,10 +79,10 @@ class Answers:
             for item, line in new
             if line.state is not ItemState.OK
         ]
-        present = [(item, line) for item, line in usable if item.document_id in documents]
-        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
+        claimed = [(item, line) for item, line in usable if self._is_claimed(item, documents.get(item.document_id))]
+        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in claimed]
         updates = await self._context.store.handling.deliver(answers, shard.batch_id or "")
-        for (item, line), update in zip(present, updates, strict=True):
+        for (item, line), update in zip(claimed, updates, strict=True):
             info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
             info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}
             if isinstance(update, JobProcessingError):
@@ -91,8 +92,26 @@ class Answers:
             else:
                 endings.append(Ending(replace(item, state=ItemState.OK), update, info))
         await self._end(endings)
-        gone = [item for item, _ in usable if item.document_id not in documents]
-        self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
+        lost = {item.custom_id: item for item, _ in usable}
+        for item, _ in claimed:
+            del lost[item.custom_id]
+        self._context.ledger.settle(
+            self._without_document(item, documents.get(item.document_id)) for item in lost.values()
+        )
+
+    def _is_claimed(self, item: Item, document: Document | None) -> bool:
+        return document is not None and self._context.store.has_claim(document, item.custom_id)
+
+    def _without_document(self, item: Item, document: Document | None) -> Item:
+        """Return *item*, whose answer is not stored, ended: its *document* is gone, or not claimed for it any more."""
+        if document is None:
+            return replace(item, state=ItemState.FAILED, code="document_gone")
+        logger.warning(
+            "document %s: the answer is not stored, because another program has changed the status or processing_info",
+            id_text(loads(item.document_id)),
+        )
+        is_pending = self._context.store.is_pending(document)
+        return replace(item, state=ItemState.FAILED, code="claim_lost", retryable=is_pending)
 
     def _learn(self, lines: Iterable[Line]) -> None:
         """Make later requests those of a reasoning model if a line was refused as such models do."""
@@ -129,7 +148,10 @@ class Answers:
         return list(new.values())
 
     def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None, said: str = "") -> Ending:
-        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
+        if line.state is ItemState.CANCELLED and shard.problem == CANCELLED_HERE:
+            line = replace(line, code=CANCELLED_HERE)
+        is_attempt = shard.status not in NOT_RUN and line.code != CANCELLED_HERE
+        is_exhausted = is_attempt and item.attempt >= self._context.config.batch.max_retries
         is_retryable = (line.is_retryable or _refuses_options(line)) and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, f"{line.code}{said}")

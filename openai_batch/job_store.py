@@ -92,6 +92,10 @@ class Handling(ABC):
         """Lease *documents*; return the canonical ids of those that are leased now."""
         return {canonical(document["_id"]) for document in documents}
 
+    def claim_fields(self, _document: Document, /) -> dict[str, Any]:
+        """Return what ``processing_info`` keeps of *document* as it is sent."""
+        return {}
+
     async def release(self, document_ids: Sequence[str], /) -> None:  # noqa: B027 - nothing is leased here
         """End the leases of *document_ids* (canonical)."""
 
@@ -183,6 +187,16 @@ class JobStore:
         status = self._values.in_progress_value
         return {"_id": {"$eq": document_id}, self._status: status, f"{self._info}.custom_id": custom_id}
 
+    def is_pending(self, document: Document) -> bool:
+        """Return whether *document*, which was claimed, is pending again."""
+        return bool(value_at(document, self._status, None) == self._values.pending_value)
+
+    def has_claim(self, document: Document, custom_id: str) -> bool:
+        """Return whether *document* waits for the answer to *custom_id*, or has it already."""
+        status = value_at(document, self._status, None)
+        own = value_at(document, f"{self._info}.custom_id", None) == custom_id
+        return own and status in (self._values.in_progress_value, self._values.completed_value)
+
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
         """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
@@ -193,7 +207,7 @@ class JobStore:
     async def _claim(self, claim: Claim, job_id: str) -> bool:
         document, custom_id = claim.document, claim.item.custom_id
         info: dict[str, Any] = {"job_id": job_id, "custom_id": custom_id, "attempts": claim.item.attempt}
-        info["claimed_at"] = datetime.now(UTC)
+        info |= {"claimed_at": datetime.now(UTC), **self.handling.claim_fields(document)}
         fields = {self._status: self._values.in_progress_value, **self._info_change(document, info)}
         try:
             outcome = await self._update("claim a document", self._pending_one(document), {"$set": fields})
@@ -229,7 +243,8 @@ class JobStore:
 
     async def give_back(self, claims: Sequence[tuple[str, str]]) -> None:
         """Make claimed documents (document id, custom id) pending again and remove every trace of the claim."""
-        unset = {f"{self._info}.{name}": "" for name in ("job_id", "custom_id", "attempts", "claimed_at")}
+        names = ("job_id", "custom_id", "attempts", "claimed_at", "input_sha256")
+        unset = {f"{self._info}.{name}": "" for name in names}
         change = {"$set": {self._status: self._values.pending_value}, "$unset": unset}
 
         async def release(claim: tuple[str, str]) -> None:

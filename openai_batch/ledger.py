@@ -45,6 +45,9 @@ _SCHEMA = Schema(
 
 # Statuses of batches that never ran, and the codes of their items; such a sending is no attempt of the document.
 NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
+CANCELLED_HERE = (
+    "cancelled_here"  # the problem of a batch that ``cancel`` ended, and the code of its items that never ran
+)
 PAGE = 500  # rows read at once
 
 
@@ -233,13 +236,13 @@ class Ledger(StateFile):
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Return, for each of *document_ids* that was sent, its sendings and its attempts.
 
-        A sending whose batch never ran is no attempt.
+        A sending whose batch never ran, or was cancelled by the operator, is no attempt.
         """
         query = (
-            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items "
+            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?, ?)) FROM items "
             "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
         )
-        rows = self._rows(query, *NOT_RUN.values(), json.dumps(document_ids))
+        rows = self._rows(query, *NOT_RUN.values(), CANCELLED_HERE, json.dumps(document_ids))
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:

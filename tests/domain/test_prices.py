@@ -37,6 +37,16 @@ def test_half_the_usual_price_if_no_batch_rate_is_known() -> None:
     assert price.usd == pytest.approx(1.25)
 
 
+def test_many_short_prompts_have_no_price_of_long_ones() -> None:
+    """The model asks twice as much for prompts of more than 272,000 tokens."""
+    (one,) = batch_prices(50_000, 10_000, ["gpt-5.6-terra"])
+    (many,) = batch_prices(50_000_000, 10_000_000, ["gpt-5.6-terra"], longest_prompt=50_000)
+    assert many.usd == pytest.approx(1000 * one.usd)
+    (long,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"], longest_prompt=300_000)
+    (short,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"])
+    assert long.usd == pytest.approx(2 * short.usd)
+
+
 def test_unknown_model_is_left_out() -> None:
     """The estimate still covers the other models."""
     assert batch_prices(1, 1, ["no-such-model"]) == []

@@ -138,8 +138,15 @@ def test_cancel_keeps_answers_and_returns_the_rest(job: Job, openai: FakeOpenAI)
     kept = polled.json["succeeded"]
     assert 0 < kept < 25
     assert job.statuses() == {"completed": kept, "pending": 25 - kept}
+    assert job.cli("submit", MAX_RETRIES="1").code == 0
+    job.cli("cancel", MAX_RETRIES="1")
+    openai.advance(1000)
+    polled = job.cli("poll", MAX_RETRIES="1")
+    assert (polled.code, job.statuses()) == (0, {"completed": kept, "pending": 25 - kept}), (
+        "a cancelled batch was an attempt"
+    )
     openai.configure(polls_until_done=2)
-    assert job.cli("run").code == 0
+    assert job.cli("run", MAX_RETRIES="1").code == 0
     assert job.statuses() == {"completed": 25}
     assert openai.stats()["max_billed_per_body"] == 1
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from error_handler import JobProcessingError, JobValidationError
+from openai_batch.documents import PromptTemplate
 from openai_batch.masking import MAX_CHARACTERS, Masking
 
 PLACEHOLDER = re.compile(r"<(EMAIL|PHONE|CARD|IBAN|NAME)_[A-Z2-9]{3}>")
@@ -89,6 +90,14 @@ def test_names_match_whole_words_in_any_case() -> None:
     assert masked("ANNA\n SCHMIDT's Al-Al, also Alan", names=names) == "<NAME>'s <NAME>-<NAME>, also Alan"
     assert masked("anna.schmidt@example.org", names=("anna",)) == "<EMAIL>"
     assert masked("a.b? (x)", names=("a.b?",)) == "<NAME> (x)"
+
+
+@pytest.mark.parametrize("template", ["{{ name }}", "{{ name | e }}", "{{ name | tojson }}", "{{ [name] | tojson }}"])
+def test_names_are_masked_as_templates_write_them(template: str) -> None:
+    """With an apostrophe, quotation marks, an ampersand or a line end."""
+    for name in ("Conan O'Brien", 'Dwayne "The Rock" Johnson', "Smith & <Sons>", "Ada\nLovelace"):
+        shown = masked(PromptTemplate("user_prompt_template", template).render({"name": name}), names=(name,))
+        assert shown.strip('[]"') == "<NAME>"
 
 
 def test_overlapping_spans_are_merged() -> None:

@@ -264,7 +264,7 @@ def test_fill_keeps_types_and_keys() -> None:
         "$set": {
             "a": "{{response_content}}",
             "b": {"c": ["{{ response_content }}", "{{current_date}}", 5, None, True]},
-            "d": "batch {{batch_id}} of {{current_date}}: {{response_content}}",
+            "d": "batch {{batch_id}} of {{ current_date }}: {{ response_content }}",
         },
         "$inc": {"n": 1},
     }
