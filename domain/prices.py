@@ -31,6 +31,11 @@ class BatchPrice:
         return self.since is None
 
 
+def dollars(usd: float) -> str:
+    """Return *usd* with as many digits as are significant."""
+    return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
+
+
 def price_source() -> str:
     """Return name and version of the package with the prices."""
     return f"genai-prices {version('genai-prices')}"

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from config import Settings
-from domain.prices import batch_prices, price_source
+from domain.prices import batch_prices, dollars, price_source
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
 from openai_batch.documents import reasons
@@ -364,11 +364,6 @@ async def preview(
                 break
     made.set_price()
     return made
-
-
-def dollars(usd: float) -> str:
-    """Return *usd* with as many digits as are significant."""
-    return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
 
 
 def require_affordable(made: Preview, most_usd: float) -> None:

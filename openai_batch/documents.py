@@ -274,7 +274,8 @@ class TemplateHandling(Handling):
 
     def _usable_update(self, answer: Answer, batch_id: str) -> Mapping[str, Any]:
         content: Any = answer.line.content or ""
-        if self._config.openai.response_format is not None:
+        response_format = self._config.openai.response_format
+        if response_format is not None and response_format.get("type") != "text":
             try:
                 content = json.loads(content)
             except (ValueError, RecursionError) as exc:

@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from domain.prices import MODELS, batch_prices, embedding_price, price_source
+from domain.prices import MODELS, batch_prices, dollars, embedding_price, price_source
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,10 @@ def test_many_short_prompts_have_no_price_of_long_ones() -> None:
     (long,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"], longest_prompt=300_000)
     (short,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"])
     assert long.usd == pytest.approx(2 * short.usd)
+
+
+def test_price_is_shown_with_significant_digits() -> None:
+    assert [dollars(usd) for usd in (0.0000301, 0.0149, 12.345)] == ["0.000030", "0.0149", "12.35"]
 
 
 def test_unknown_model_is_left_out() -> None:

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from error_handler import JobError, JobProcessingError, JobTemplateError
 from openai_batch import render_process
+from openai_batch.batch_protocol import Line
 from openai_batch.documents import (
     MAX_PROMPT_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS,
@@ -23,6 +24,8 @@ from openai_batch.documents import (
     fill,
 )
 from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
+from openai_batch.job_store import Answer
+from openai_batch.ledger import ItemState
 from openai_batch.planning import estimated_tokens
 from tests.cases import mostly_thorough
 
@@ -241,6 +244,17 @@ def test_size_limits_of_templates_and_prompts() -> None:
         PromptTemplate("system_prompt", "{{ t }}").render({"t": "x" * (MAX_PROMPT_CHARACTERS + 1)})
     with pytest.raises(JobTemplateError, match="system_prompt, line 2"):
         PromptTemplate("system_prompt", "x\n{{ x")
+
+
+async def test_answer_in_the_text_format_is_a_text() -> None:
+    """It is OpenAI's default, written out; parsed as JSON, each answer would be paid for three times and stored never."""
+    config = config_of(user_prompt_template="{{ text }}")
+    openai = config.openai.model_copy(update={"response_format": {"type": "text"}})
+    line = Line("a:1", ItemState.OK, "plain words")
+    with TemplateHandling(config.model_copy(update={"openai": openai})) as handling:
+        [update] = await handling.deliver([Answer(document(), line, 1)], "batch_1")
+    assert not isinstance(update, JobProcessingError)
+    assert update["$set"]["event_response"]["talking_points"] == "plain words"
 
 
 def test_token_estimate_of_data_is_not_too_low() -> None:
