@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from domain.server_reason import server_reason
-from error_handler import JobProcessingError
+from error_handler import JobProcessingError, JobValidationError
 from model_server.refusals import refused_options
 from openai_batch.batch_protocol import Line, parse_line, texts_of
 from openai_batch.job_config import Document
@@ -72,6 +72,11 @@ class Answers:
         new = self._new_lines(shard, lines)
         self._learn(line for _, line in new)
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
+        if not self._context.config.mask_pii and any(item.is_masked for item, _ in usable):
+            raise JobValidationError(
+                f"the documents of shard {shard.number} were sent with --mask-pii, and their answers have placeholders: run the "
+                "same command with --mask-pii."
+            )
         read = [item.document_id for item, line in new if line.state is ItemState.OK or line.message]
         documents = await self._context.store.read(read)
         endings = [

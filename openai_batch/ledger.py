@@ -48,6 +48,7 @@ NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
 CANCELLED_HERE = (
     "cancelled_here"  # the problem of a batch that ``cancel`` ended, and the code of its items that never ran
 )
+MASKED = "m"  # the end of the custom id of a request that was masked
 PAGE = 500  # rows read at once
 
 
@@ -142,6 +143,11 @@ class Item:
     code: str | None = None
     retryable: bool = False
     shard: int = 0
+
+    @property
+    def is_masked(self) -> bool:
+        """True if its request has placeholders for personal data, and so has its answer."""
+        return self.custom_id.endswith(MASKED)
 
 
 class Ledger(StateFile):

@@ -89,10 +89,14 @@ class Masking:
         return _merged(spans)
 
     def _phones(self, text: str) -> Iterator[Span]:
-        if self._region is None and "+" not in text and "\uff0b" not in text:
-            return
-        for match in phonenumbers.PhoneNumberMatcher(text, self._region, max_tries=len(text)):
-            yield match.start, match.end, PHONE
+        searches: list[tuple[str | None, int]] = []
+        if "+" in text or "\uff0b" in text:  # any length that the country has: its newest numbers are in no table
+            searches.append((None, phonenumbers.Leniency.POSSIBLE))
+        if self._region is not None:
+            searches.append((self._region, phonenumbers.Leniency.VALID))
+        for region, leniency in searches:
+            for match in phonenumbers.PhoneNumberMatcher(text, region, leniency, max_tries=len(text)):
+                yield match.start, match.end, PHONE
 
 
 class Mask:

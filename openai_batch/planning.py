@@ -25,7 +25,7 @@ from error_handler import JobConnectionError, JobProcessingError, JobValidationE
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
-from openai_batch.ledger import NOT_SENT, Item, Shard, ShardState
+from openai_batch.ledger import MASKED, NOT_SENT, Item, ItemState, Shard, ShardState
 from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError
 from storage.extended_json import canonical, id_text
 from storage.files import SPACE, explained, open_private, publish
@@ -40,13 +40,13 @@ TOKENS_PER_MESSAGE = 4
 _PIECE = re.compile(rb"[A-Za-z]{1,7}|[0-9]{1,3}|[!-/:-@\[-`{-~]|[\x80-\xff]{1,3}|\n+| (?=[0-9])")
 
 
-def custom_id_of(job_id: str, document_id: str, sending: int) -> str:
+def custom_id_of(job_id: str, document_id: str, sending: int, *, is_masked: bool) -> str:
     """Return the id of one line: at most 64 ASCII characters, with no text of the document.
 
     *document_id* is canonical Extended JSON, so that 1 and "1" differ; *sending* makes each line unique.
     """
     digest = hashlib.sha256(document_id.encode()).digest()
-    return f"{job_id}:{base64.urlsafe_b64encode(digest)[:22].decode()}:{sending}"
+    return f"{job_id}:{base64.urlsafe_b64encode(digest)[:22].decode()}:{sending}{MASKED if is_masked else ''}"
 
 
 def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> bytes:
@@ -191,7 +191,8 @@ class JobSender:
         sent = self._ledger.sendings(ids)
         for document_id, document in zip(ids, page, strict=True):
             sendings, attempts = sent.get(document_id, (0, 0))
-            item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
+            custom_id = custom_id_of(context.job_id, document_id, sendings + 1, is_masked=context.config.mask_pii)
+            item = Item(custom_id, document_id, attempts + 1)
             try:
                 body = context.store.handling.request(document)
                 line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
@@ -240,6 +241,12 @@ class JobSender:
             if shard.state is ShardState.CREATING:
                 logger.info("no batch of shard %d exists; creating it", shard.number)
                 await self._create(shard)
+            return
+        if self._context.config.mask_pii and not next(self._ledger.items(shard.number, ItemState.SUBMITTED)).is_masked:
+            logger.warning(
+                "the file of shard %d is not masked and is not sent; its documents are pending again", shard.number
+            )
+            self._ledger.give_up(shard, "never_sent")
             return
         if not self._has_room(shard):
             return
