@@ -240,15 +240,19 @@ class Ledger(StateFile):
         return {state: found.get(state, 0) for state in ItemState}
 
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return, for each of *document_ids* that was sent, its sendings and its attempts.
+        """Return, for each of *document_ids* that was sent, its sendings and its attempts since it last ended.
 
         A sending whose batch never ran, or was cancelled by the operator, is no attempt.
         """
-        query = (
-            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?, ?)) FROM items "
-            "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
-        )
-        rows = self._rows(query, *NOT_RUN.values(), CANCELLED_HERE, json.dumps(document_ids))
+        query = """
+            WITH sent AS (
+                SELECT document_id, code, rowid AS place,
+                    MAX(iif(state <> 'submitted' AND NOT retryable, rowid, 0)) OVER (PARTITION BY document_id) AS ended_at
+                FROM items WHERE document_id IN (SELECT value FROM json_each(?))
+            )
+            SELECT document_id, COUNT(*), SUM(place > ended_at AND (code IS NULL OR code NOT IN (?, ?, ?)))
+            FROM sent GROUP BY document_id"""
+        rows = self._rows(query, json.dumps(document_ids), *NOT_RUN.values(), CANCELLED_HERE)
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:

@@ -391,3 +391,20 @@ def test_lone_surrogate_in_answer_is_replaced() -> None:
     assert line is not None
     assert (line.state, line.content) == (ItemState.OK, "good ? day")
     assert re.fullmatch(r"[\x20-\x7e]+", line.content or "")
+
+
+def test_document_that_has_ended_gets_a_full_set_of_attempts(job: Job, openai: FakeOpenAI) -> None:
+    """One that is asked again after each change, and one that an operator makes pending again after its failure."""
+    job.batch = {"max_retries": 2}
+    job.fill(2)
+    for _ in range(2):
+        job.run()
+        job.documents.update_many({}, {"$set": {"ai_status": "pending"}})
+    openai.configure(faults=[{"kind": "line_status", "status": 500, "when": {"text": 'text 1"'}, "times": 3}])
+    assert job.run().failed == 1
+    assert job.documents.find_one({"_id": 1})["processing_info"]["attempts"] == 2  # type: ignore[index]
+    job.documents.update_one({"_id": 1}, {"$set": {"ai_status": "pending"}})
+    job.run()
+    job.check(openai)
+    assert job.statuses() == {"completed": 2}
+    assert job.documents.find_one({"_id": 1})["processing_info"]["attempts"] == 2  # type: ignore[index]
