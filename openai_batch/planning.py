@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import logging
+import math
 import re
 import secrets
 import time
@@ -63,12 +65,17 @@ def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> byte
 def estimated_tokens(body: Mapping[str, Any]) -> int:
     """Return an upper estimate of the prompt tokens of *body*."""
     messages = body.get("messages", ())
-    # Bytes, not characters: other scripts have up to one token per character.
-    texts = [str(message.get("content", "")).encode(errors="replace") for message in messages]
+    texts = [str(message.get("content", "")) for message in messages]
     if body.get("response_format"):
-        texts.append(orjson.dumps(body["response_format"]))
-    tokens = sum(max(len(text) / BYTES_PER_TOKEN, _PIECE.subn(b"", text)[1]) for text in texts)
-    return int(tokens) + TOKENS_PER_MESSAGE * len(messages) + 1
+        texts.append(orjson.dumps(body["response_format"]).decode())
+    return math.ceil(sum(map(_text_tokens, texts))) + TOKENS_PER_MESSAGE * len(messages)
+
+
+@functools.lru_cache(maxsize=8)  # system prompt and schema are the same in each request
+def _text_tokens(text: str) -> float:
+    # Bytes, not characters: other scripts have up to one token per character.
+    raw = text.encode(errors="replace")
+    return max(len(raw) / BYTES_PER_TOKEN, _PIECE.subn(b"", raw)[1])
 
 
 def reply_limit(path: Path) -> int | None:
