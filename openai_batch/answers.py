@@ -97,26 +97,29 @@ class Answers:
             else:
                 endings.append(Ending(replace(item, state=ItemState.OK), update, info))
         await self._end(endings)
-        lost = {item.custom_id: item for item, _ in usable}
-        for item, _ in claimed:
-            del lost[item.custom_id]
-        self._context.ledger.settle(
-            self._without_document(item, documents.get(item.document_id)) for item in lost.values()
-        )
+        claimed_ids = {item.custom_id for item, _ in claimed}
+        await self._end_lost([item for item, _ in usable if item.custom_id not in claimed_ids], documents)
+
+    async def _end_lost(self, items: Sequence[Item], documents: Mapping[str, Document]) -> None:
+        """End *items*, whose answers cannot be stored: their documents are gone, or not claimed for them any more."""
+        store, ended, free = self._context.store, [], []
+        for item in items:
+            document = documents.get(item.document_id)
+            is_pending = document is not None and store.is_pending(document)
+            if document is None or is_pending:  # otherwise another request may be under way
+                free.append(item.document_id)
+            if document is not None:
+                logger.warning(
+                    "document %s: the answer is not stored, because another program has changed the status or processing_info",
+                    id_text(loads(item.document_id)),
+                )
+            code = "document_gone" if document is None else "claim_lost"
+            ended.append(replace(item, state=ItemState.FAILED, code=code, retryable=is_pending))
+        await store.handling.release(free)
+        self._context.ledger.settle(ended)
 
     def _is_claimed(self, item: Item, document: Document | None) -> bool:
         return document is not None and self._context.store.has_claim(document, item.custom_id)
-
-    def _without_document(self, item: Item, document: Document | None) -> Item:
-        """Return *item*, whose answer is not stored, ended: its *document* is gone, or not claimed for it any more."""
-        if document is None:
-            return replace(item, state=ItemState.FAILED, code="document_gone")
-        logger.warning(
-            "document %s: the answer is not stored, because another program has changed the status or processing_info",
-            id_text(loads(item.document_id)),
-        )
-        is_pending = self._context.store.is_pending(document)
-        return replace(item, state=ItemState.FAILED, code="claim_lost", retryable=is_pending)
 
     def _learn(self, lines: Iterable[Line]) -> None:
         """Make later requests those of a reasoning model if a line was refused as such models do."""

@@ -255,6 +255,7 @@ def test_answer_to_an_earlier_text_is_never_that_of_the_new_one(
     assert (result.succeeded, result.retried) == (1, 1)
     assert "document 1: the answer is not stored" in caplog.text
     assert hashes() == {0: before[0]}
+    assert lane.site.database["conversation_set_leases"].count_documents({}) == 0, "the worker may take document 1"
     assert [document["status"] for document in lane.site.source.find().sort("_id")] == ["processed", "pending"]
     lane.site.source.update_one({"_id": 0}, {"$set": {"status": "pending"}})
     processor.process_pending_documents()
