@@ -17,7 +17,7 @@ from domain.server_reason import server_reason
 from error_handler import JobProcessingError, JobValidationError
 from model_server.refusals import refused_options
 from openai_batch.batch_protocol import Line, parse_line, texts_of
-from openai_batch.job_config import Document
+from openai_batch.job_config import Document, value_at
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Answer, Ending
 from openai_batch.ledger import CANCELLED_HERE, NOT_RUN, Item, ItemState, Shard
@@ -102,11 +102,11 @@ class Answers:
 
     async def _end_lost(self, items: Sequence[Item], documents: Mapping[str, Document]) -> None:
         """End *items*, whose answers cannot be stored: their documents are gone, or not claimed for them any more."""
-        store, ended, free = self._context.store, [], []
+        values, ended, free = self._context.config.schema_config.status, [], []
         for item in items:
             document = documents.get(item.document_id)
-            is_pending = document is not None and store.is_pending(document)
-            if document is None or is_pending:  # otherwise another request may be under way
+            status = value_at(document, values.field_name, None)
+            if status != values.in_progress_value:  # otherwise another request is under way
                 free.append(item.document_id)
             if document is not None:
                 logger.warning(
@@ -114,8 +114,9 @@ class Answers:
                     id_text(loads(item.document_id)),
                 )
             code = "document_gone" if document is None else "claim_lost"
+            is_pending = status == values.pending_value
             ended.append(replace(item, state=ItemState.FAILED, code=code, retryable=is_pending))
-        await store.handling.release(free)
+        await self._context.store.handling.release(free)
         self._context.ledger.settle(ended)
 
     def _is_claimed(self, item: Item, document: Document | None) -> bool:

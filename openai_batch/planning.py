@@ -249,18 +249,27 @@ class JobSender:
                 logger.info("no batch of shard %d exists; creating it", shard.number)
                 await self._create(shard)
             return
-        if self._context.config.mask_pii and not next(self._ledger.items(shard.number, ItemState.SUBMITTED)).is_masked:
+        if not self._has_room(shard):
+            return
+        if (reason := await self._reason_to_give_up(shard)) is not None:
             logger.warning(
-                "the file of shard %d is not masked and is not sent; its documents are pending again", shard.number
+                "the file of shard %d is not sent, because %s; its documents are pending again", shard.number, reason
             )
             self._ledger.give_up(shard, "never_sent")
-            return
-        if not self._has_room(shard):
             return
         if shard.state is ShardState.PLANNED:
             shard = await self._upload(shard)
         if shard.state is ShardState.UPLOADED:
             await self._create(self._ledger.advance(shard.number, ShardState.CREATING, problem=None))
+
+    async def _reason_to_give_up(self, shard: Shard) -> str | None:
+        """Return why the file of *shard*, perhaps of an earlier start, must not be sent; None if it may be."""
+        items = list(self._ledger.items(shard.number, ItemState.SUBMITTED))
+        if self._context.config.mask_pii and not items[0].is_masked:
+            return "it was made without --mask-pii"
+        if await self._context.store.count_claims(items) < len(items):  # they are sent, and paid for, in another file
+            return "another program has changed the status of documents in it"
+        return None
 
     def _has_room(self, shard: Shard) -> bool:
         if wait_left_s(shard):
