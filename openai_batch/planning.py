@@ -245,11 +245,10 @@ class JobSender:
             return
         if shard.state is ShardState.CREATING:
             shard = await self.find_batch(shard)
-            if shard.state is ShardState.CREATING:
-                logger.info("no batch of shard %d exists; creating it", shard.number)
-                await self._create(shard)
-            return
-        if not self._has_room(shard):
+            if shard.state is not ShardState.CREATING:
+                return
+            logger.info("no batch of shard %d exists", shard.number)
+        elif not self._has_room(shard):
             return
         if (reason := await self._reason_to_give_up(shard)) is not None:
             logger.warning(
@@ -260,7 +259,9 @@ class JobSender:
         if shard.state is ShardState.PLANNED:
             shard = await self._upload(shard)
         if shard.state is ShardState.UPLOADED:
-            await self._create(self._ledger.advance(shard.number, ShardState.CREATING, problem=None))
+            shard = self._ledger.advance(shard.number, ShardState.CREATING, problem=None)
+        if shard.state is ShardState.CREATING:
+            await self._create(shard)
 
     async def _reason_to_give_up(self, shard: Shard) -> str | None:
         """Return why the file of *shard*, perhaps of an earlier start, must not be sent; None if it may be."""
