@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from database_docs.items import CONVERSATION_FACTS, Ended, Kind, State
+from domain.prices import dollars
 from domain.text import encodable, escaped
 from embedding_index.embedding_run import RunCounts
 from embedding_index.providers.contract import ModelIdentity
@@ -227,7 +228,7 @@ def in_dollars(usd: float | None) -> str:
     """Return *usd* as text for people."""
     if usd is None:
         return "price unknown"
-    return "free" if not usd else f"{usd:.6f} US dollars" if usd < 0.01 else f"{usd:.2f} US dollars"
+    return f"{dollars(usd)} US dollars" if usd else "free"
 
 
 async def require_affordable(limit_usd: float | None, usd: float | None, price: str) -> None:

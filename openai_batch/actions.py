@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from config import Settings
-from domain.prices import BatchPrice, batch_prices, price_source
+from domain.prices import batch_prices, dollars, price_source
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
 from openai_batch.documents import reasons
@@ -27,7 +29,7 @@ from openai_batch.job_context import JobResult, Times
 from openai_batch.job_run import JobRun
 from openai_batch.job_store import Handling, JobStore
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
-from openai_batch.planning import estimated_tokens, request_line
+from openai_batch.planning import estimated_tokens, reply_limit, request_line
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
 from storage.extended_json import id_text
@@ -103,15 +105,22 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     if arguments.max_cost is None:
         return limit
     context, unsent = job.context, job.context.ledger.shards(NOT_SENT)
-    made = await preview(context.config, context.store, context.on_progress, limit, unsent)
-    require_affordable(made, arguments.max_cost, context.config.openai.model)
+    made = await preview(context.config, context.store, context.on_progress, limit, _waiting(unsent, context.folder))
+    require_affordable(made, arguments.max_cost)
     return made.documents
 
 
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
     unsent = [shard for shard, _ in _rows(processor) if shard.state in NOT_SENT]
     async with processor.reading() as store:
-        return await preview(processor.config, store, progress, arguments.limit, unsent)
+        return await preview(
+            processor.config, store, progress, arguments.limit, _waiting(unsent, processor.ledger_path.parent)
+        )
+
+
+def _waiting(unsent: Sequence[Shard], folder: Path) -> list[tuple[Shard, int | None]]:
+    """Return each of the *unsent* shards with the answer tokens that its requests allow."""
+    return [(shard, reply_limit(folder / shard.file_name)) for shard in unsent]
 
 
 def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
@@ -120,7 +129,7 @@ def _report_preview(arguments: argparse.Namespace, made: Preview, processor: Doc
     else:
         _print_preview(made, processor)
     if arguments.max_cost is not None:
-        require_affordable(made, arguments.max_cost, processor.config.openai.model)
+        require_affordable(made, arguments.max_cost)
     return ExitCode.DONE
 
 
@@ -131,12 +140,12 @@ def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
         console.print(json.dumps(example["body"], indent=2, ensure_ascii=False))
     config = processor.config
     price = "price unknown"
-    if made.price is not None:
-        rate = "half the usual price, OpenAI's discount for batches" if made.price.is_assumed else "the batch rate"
-        price = f"at most {dollars(made.price.usd)} US dollars at {rate}"
+    if made.usd is not None:
+        rate = "half the usual price, OpenAI's discount for batches" if made.is_assumed else "the batch rate"
+        price = f"at most {dollars(made.usd)} US dollars at {rate}"
     console.print(
         f"{counted(made.documents + made.waiting, 'document')}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt "
-        f"tokens and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
+        f"tokens and at most {made.most_reply_tokens:,} answer tokens with {' and '.join(made.usage) or config.openai.model}: {price}."
     )
     if reasons(config.openai.model) and config.openai.max_tokens < REASONING_TOKENS:
         console.print(
@@ -257,8 +266,9 @@ class JobProgress:
 class Preview:
     """The requests of the pending documents, and of those in files that are not sent yet (*waiting*).
 
-    *prompt_tokens* is an upper estimate, *most_reply_tokens* the limit of all answers together. *price* is that of
-    answers of the maximum length; None if the model's price is unknown. *examples* are the exact bodies of the first
+    *usage* has, for each model, an upper estimate of the prompt tokens, the limit of all answers together, and the longest
+    prompt: the files may be of another model. *usd* is the price of answers of the maximum length, None if the price of
+    the model *unpriced* is unknown; *is_assumed*: see ``BatchPrice``. *examples* are the exact bodies of the first
     documents, *problems* the reasons of the first *refused* ones.
     """
 
@@ -266,29 +276,56 @@ class Preview:
     waiting: int = 0
     refused: int = 0
     bytes: int = 0
-    prompt_tokens: int = 0
-    most_reply_tokens: int = 0
-    price: BatchPrice | None = None
+    usage: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    usd: float | None = None
+    is_assumed: bool = False
+    unpriced: str | None = None
     problems: dict[str, str] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt tokens of all models."""
+        return sum(prompt for prompt, _, _ in self.usage.values())
+
+    @property
+    def most_reply_tokens(self) -> int:
+        """The answer tokens of all models."""
+        return sum(reply for _, reply, _ in self.usage.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
         names = ("documents", "waiting", "refused", "bytes", "prompt_tokens", "most_reply_tokens")
         return {
             **{name: getattr(self, name) for name in names},
-            "most_usd": None if self.price is None else round(self.price.usd, 6),
-            "price_is_assumed": None if self.price is None else self.price.is_assumed,
+            "most_usd": None if self.usd is None else round(self.usd, 6),
+            "price_is_assumed": None if self.usd is None else self.is_assumed,
             "prices_from": price_source(),
             "examples": self.examples,
         }
 
-    def add(self, document: Document, handling: Handling, endpoint: str) -> None:
+    def count(self, model: str, prompt_tokens: int, reply_tokens: int) -> None:
+        """Count the tokens of a request to *model*, or of some, which may all be those of one."""
+        prompt, reply, longest = self.usage.get(model, (0, 0, 0))
+        self.usage[model] = (prompt + prompt_tokens, reply + reply_tokens, max(longest, prompt_tokens))
+
+    def set_price(self) -> None:
+        """Set the price of everything that was counted."""
+        priced = {
+            model: batch_prices(prompt, reply, [model], longest)
+            for model, (prompt, reply, longest) in self.usage.items()
+        }
+        self.unpriced = next((model for model, prices in priced.items() if not prices), None)
+        found = [price for prices in priced.values() for price in prices]
+        self.usd = None if self.unpriced else math.fsum(price.usd for price in found)
+        self.is_assumed = any(price.is_assumed for price in found)
+
+    def add(self, document: Document, handling: Handling, config: AppConfig) -> None:
         """Count the request of *document*, or the reason why there is none."""
         name = id_text(document["_id"])
         try:
             body = handling.request(document)
-            line = request_line("0" * 42, endpoint, body)
+            line = request_line("0" * 42, config.batch.endpoint, body)
         except JobProcessingError as exc:
             self.refused += 1
             if len(self.problems) < PROBLEMS:
@@ -296,7 +333,7 @@ class Preview:
             return
         self.documents += 1
         self.bytes += len(line)
-        self.prompt_tokens += estimated_tokens(body)
+        self.count(config.openai.model, estimated_tokens(body), config.openai.max_tokens)
         if len(self.examples) < EXAMPLES:
             self.examples.append({"document": name, "body": body})
 
@@ -306,39 +343,37 @@ async def preview(
     store: JobStore,
     on_progress: Callable[[str], None],
     limit: int | None,
-    unsent: Sequence[Shard],
+    waiting: Sequence[tuple[Shard, int | None]],
 ) -> Preview:
-    """Return the preview of the pending documents (at most *limit*) and of the *unsent* shards."""
-    made = Preview(waiting=sum(shard.lines for shard in unsent))
-    made.bytes = sum(shard.bytes for shard in unsent)
-    made.prompt_tokens = sum(shard.tokens for shard in unsent)
+    """Return the preview of the pending documents (at most *limit*), and of shards that are not sent yet (*waiting*).
+
+    Each of these comes with the answer tokens that its requests allow, None if they are unknown.
+    """
+    made = Preview()
+    for shard, reply_tokens in waiting:
+        made.waiting += shard.lines
+        made.bytes += shard.bytes
+        made.count(shard.model, shard.tokens, shard.lines * (reply_tokens or config.openai.max_tokens))
     async with contextlib.aclosing(store.pages(config.batch.batch_size)) as pages:
         async for page in pages:
             for document in page:
                 if made.documents != limit:
-                    made.add(document, store.handling, config.batch.endpoint)
+                    made.add(document, store.handling, config)
             on_progress(f"{made.documents} documents read")
             if made.documents == limit:
                 break
-    made.most_reply_tokens = (made.documents + made.waiting) * config.openai.max_tokens
-    prices = batch_prices(made.prompt_tokens, made.most_reply_tokens, [config.openai.model])
-    made.price = prices[0] if prices else None
+    made.set_price()
     return made
 
 
-def dollars(usd: float) -> str:
-    """Return *usd* with as many digits as are significant."""
-    return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
-
-
-def require_affordable(made: Preview, most_usd: float, model: str) -> None:
+def require_affordable(made: Preview, most_usd: float) -> None:
     """Raise JobCostError if *made* may cost more than *most_usd*, or its price is unknown."""
-    if made.price is None:
+    if made.usd is None:
         raise JobCostError(
-            f"the price of {model} is not known, so --max-cost cannot be checked; leave it out to send anyway."
+            f"the price of {made.unpriced} is not known, so --max-cost cannot be checked; leave it out to send anyway."
         )
-    if made.price.usd > most_usd:
+    if made.usd > most_usd:
         raise JobCostError(
-            f"{made.documents + made.waiting} documents may cost up to {dollars(made.price.usd)} US dollars, more than "
+            f"{made.documents + made.waiting} documents may cost up to {dollars(made.usd)} US dollars, more than "
             f"--max-cost {most_usd:g}; reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
         )

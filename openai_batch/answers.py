@@ -14,12 +14,13 @@ from typing import Any
 import orjson
 
 from domain.server_reason import server_reason
-from error_handler import JobProcessingError
+from error_handler import JobProcessingError, JobValidationError
 from model_server.refusals import refused_options
 from openai_batch.batch_protocol import Line, parse_line, texts_of
+from openai_batch.job_config import Document, value_at
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Answer, Ending
-from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
+from openai_batch.ledger import CANCELLED_HERE, NOT_RUN, Item, ItemState, Shard
 from storage.extended_json import id_text, loads
 from storage.files import explained
 
@@ -71,6 +72,11 @@ class Answers:
         new = self._new_lines(shard, lines)
         self._learn(line for _, line in new)
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
+        if not self._context.config.mask_pii and any(item.is_masked for item, _ in usable):
+            raise JobValidationError(
+                f"the documents of shard {shard.number} were sent with --mask-pii, and their answers have placeholders: run the "
+                "same command with --mask-pii."
+            )
         read = [item.document_id for item, line in new if line.state is ItemState.OK or line.message]
         documents = await self._context.store.read(read)
         endings = [
@@ -78,10 +84,10 @@ class Answers:
             for item, line in new
             if line.state is not ItemState.OK
         ]
-        present = [(item, line) for item, line in usable if item.document_id in documents]
-        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
+        claimed = [(item, line) for item, line in usable if self._is_claimed(item, documents.get(item.document_id))]
+        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in claimed]
         updates = await self._context.store.handling.deliver(answers, shard.batch_id or "")
-        for (item, line), update in zip(present, updates, strict=True):
+        for (item, line), update in zip(claimed, updates, strict=True):
             info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
             info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}
             if isinstance(update, JobProcessingError):
@@ -91,8 +97,30 @@ class Answers:
             else:
                 endings.append(Ending(replace(item, state=ItemState.OK), update, info))
         await self._end(endings)
-        gone = [item for item, _ in usable if item.document_id not in documents]
-        self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
+        claimed_ids = {item.custom_id for item, _ in claimed}
+        await self._end_lost([item for item, _ in usable if item.custom_id not in claimed_ids], documents)
+
+    async def _end_lost(self, items: Sequence[Item], documents: Mapping[str, Document]) -> None:
+        """End *items*, whose answers cannot be stored: their documents are gone, or not claimed for them any more."""
+        values, ended, free = self._context.config.schema_config.status, [], []
+        for item in items:
+            document = documents.get(item.document_id)
+            status = value_at(document, values.field_name, None)
+            if status != values.in_progress_value:  # otherwise another request is under way
+                free.append(item.document_id)
+            if document is not None:
+                logger.warning(
+                    "document %s: the answer is not stored, because another program has changed the status or processing_info",
+                    id_text(loads(item.document_id)),
+                )
+            code = "document_gone" if document is None else "claim_lost"
+            is_pending = status == values.pending_value
+            ended.append(replace(item, state=ItemState.FAILED, code=code, retryable=is_pending))
+        await self._context.store.handling.release(free)
+        self._context.ledger.settle(ended)
+
+    def _is_claimed(self, item: Item, document: Document | None) -> bool:
+        return document is not None and self._context.store.has_claim(document, item.custom_id)
 
     def _learn(self, lines: Iterable[Line]) -> None:
         """Make later requests those of a reasoning model if a line was refused as such models do."""
@@ -129,7 +157,10 @@ class Answers:
         return list(new.values())
 
     def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None, said: str = "") -> Ending:
-        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
+        if line.state is ItemState.CANCELLED and shard.problem == CANCELLED_HERE:
+            line = replace(line, code=CANCELLED_HERE)
+        is_attempt = shard.status not in NOT_RUN and line.code != CANCELLED_HERE
+        is_exhausted = is_attempt and item.attempt >= self._context.config.batch.max_retries
         is_retryable = (line.is_retryable or _refuses_options(line)) and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, f"{line.code}{said}")

@@ -40,7 +40,7 @@ _WORD = re.compile(r"\w+")
 # OpenAI's o series, GPT-5 and later, and models tuned from them. Other servers know the older name of the limit only.
 _CURRENT = re.compile(r"(ft:)?(openai/)?(o\d|gpt-([5-9]|\d\d))")
 
-CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
+_PLACEHOLDER = re.compile(r"\{\{\s*(response_content|current_date|batch_id)\s*\}\}")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -274,7 +274,8 @@ class TemplateHandling(Handling):
 
     def _usable_update(self, answer: Answer, batch_id: str) -> Mapping[str, Any]:
         content: Any = answer.line.content or ""
-        if self._config.openai.response_format is not None:
+        response_format = self._config.openai.response_format
+        if response_format is not None and response_format.get("type") != "text":
             try:
                 content = json.loads(content)
             except (ValueError, RecursionError) as exc:
@@ -352,12 +353,9 @@ def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
         return [fill(value, content, now, batch_id) for value in template]
     if not isinstance(template, str):
         return template
-    values = {CONTENT: content, DATE: now, BATCH: batch_id}
-    compact = template.replace(" ", "")
-    if compact in values:
-        return values[compact]
+    values = {"response_content": content, "current_date": now, "batch_id": batch_id}
+    if whole := _PLACEHOLDER.fullmatch(template.strip()):
+        return values[whole[1]]
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-    # The content last, so that placeholders in the model's text stay text.
-    for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, text)):
-        template = template.replace(placeholder, value)
-    return template
+    texts = values | {"response_content": text, "current_date": now.isoformat()}
+    return _PLACEHOLDER.sub(lambda match: str(texts[match[1]]), template)

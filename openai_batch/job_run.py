@@ -20,7 +20,7 @@ from error_handler import JobConnectionError, JobProcessingError, JobValidationE
 from openai_batch.answers import Answers, count_lines
 from openai_batch.batch_protocol import KNOWN, BatchState
 from openai_batch.job_context import JobContext
-from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
+from openai_batch.ledger import CANCELLED_HERE, NOT_SENT, OPEN, ItemState, Shard, ShardState
 from openai_batch.openai_client import NotThereError, reason_given
 from openai_batch.planning import JobSender, for_each, wait_left_s
 from utils.retry_utils import CAP_S
@@ -126,7 +126,7 @@ class JobRun:
             status=state.status,
             output_file_id=state.output_file_id,
             error_file_id=state.error_file_id,
-            problem=self._problem(shard, state),
+            problem=self._problem(shard, state) or shard.problem,
             bad_lines=",".join(map(str, state.bad_lines)),
             ended_at=ended_at,
         )
@@ -243,6 +243,7 @@ class JobRun:
             if shard.state is ShardState.CREATING:
                 shard = await self._sender.find_batch(shard)  # noqa: PLW2901 - the same shard, one step further
             if shard.state is ShardState.CREATED:
+                self._ledger.advance(shard.number, shard.state, problem=CANCELLED_HERE)
                 try:
                     await self._files.cancel(shard.batch_id or "")
                 except NotThereError:

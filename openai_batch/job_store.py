@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from config import Settings
@@ -91,6 +92,10 @@ class Handling(ABC):
     async def acquire(self, documents: Sequence[Document], /) -> set[str]:
         """Lease *documents*; return the canonical ids of those that are leased now."""
         return {canonical(document["_id"]) for document in documents}
+
+    def claim_fields(self, _document: Document, /) -> dict[str, Any]:
+        """Return what ``processing_info`` keeps of *document* as it is sent."""
+        return {}
 
     async def release(self, document_ids: Sequence[str], /) -> None:  # noqa: B027 - nothing is leased here
         """End the leases of *document_ids* (canonical)."""
@@ -183,6 +188,24 @@ class JobStore:
         status = self._values.in_progress_value
         return {"_id": {"$eq": document_id}, self._status: status, f"{self._info}.custom_id": custom_id}
 
+    def has_claim(self, document: Document, custom_id: str) -> bool:
+        """Return whether *document* waits for the answer to *custom_id*, or has it already."""
+        status = value_at(document, self._status, None)
+        own = value_at(document, f"{self._info}.custom_id", None) == custom_id
+        return own and status in (self._values.in_progress_value, self._values.completed_value)
+
+    async def count_claims(self, items: Iterable[Item]) -> int:
+        """Return how many of *items* still have the claim on their document."""
+        left, claimed = iter(items), 0
+        while page := list(islice(left, CLAIM_PAGE)):
+            query = {
+                "_id": {"$in": [loads(item.document_id) for item in page]},
+                self._status: self._values.in_progress_value,
+                f"{self._info}.custom_id": {"$in": [item.custom_id for item in page]},
+            }
+            claimed += await self._call("count claims", partial(self._documents.count_documents, query))
+        return claimed
+
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
         """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
@@ -193,7 +216,7 @@ class JobStore:
     async def _claim(self, claim: Claim, job_id: str) -> bool:
         document, custom_id = claim.document, claim.item.custom_id
         info: dict[str, Any] = {"job_id": job_id, "custom_id": custom_id, "attempts": claim.item.attempt}
-        info["claimed_at"] = datetime.now(UTC)
+        info |= {"claimed_at": datetime.now(UTC), **self.handling.claim_fields(document)}
         fields = {self._status: self._values.in_progress_value, **self._info_change(document, info)}
         try:
             outcome = await self._update("claim a document", self._pending_one(document), {"$set": fields})
@@ -229,7 +252,8 @@ class JobStore:
 
     async def give_back(self, claims: Sequence[tuple[str, str]]) -> None:
         """Make claimed documents (document id, custom id) pending again and remove every trace of the claim."""
-        unset = {f"{self._info}.{name}": "" for name in ("job_id", "custom_id", "attempts", "claimed_at")}
+        names = ("job_id", "custom_id", "attempts", "claimed_at", "input_sha256")
+        unset = {f"{self._info}.{name}": "" for name in names}
         change = {"$set": {self._status: self._values.pending_value}, "$unset": unset}
 
         async def release(claim: tuple[str, str]) -> None:
@@ -269,12 +293,22 @@ class JobStore:
 
         Returns the custom ids of those that MongoDB rejected: their documents are failed.
         """
-        rejected = {custom_id for custom_id in await self._each(self._end, endings) if custom_id is not None}
+        modified = dict(
+            zip((ending.item.custom_id for ending in endings), await self._each(self._end, endings), strict=True)
+        )
+        ended = [ending.item for ending in endings]
+        busy = {item.document_id for item in ended if modified[item.custom_id] == 0 and await self._is_busy(item)}
         # Before the ledger: after a crash in between this is repeated.
-        await self.handling.release([ending.item.document_id for ending in endings])
-        return rejected
+        await self.handling.release([item.document_id for item in ended if item.document_id not in busy])
+        return {custom_id for custom_id, number in modified.items() if number is None}
 
-    async def _end(self, ending: Ending) -> str | None:
+    async def _is_busy(self, item: Item) -> bool:
+        """Return whether another request for the document of *item* is under way; then it keeps its lease."""
+        query = {"_id": {"$eq": loads(item.document_id)}, self._status: self._values.in_progress_value}
+        return bool(await self._call("look for a claim", lambda: self._documents.count_documents(query, limit=1)))
+
+    async def _end(self, ending: Ending) -> int | None:
+        """Write *ending*; return how many documents that modified, None if MongoDB rejects it: the document is failed."""
         document_id = loads(ending.item.document_id)
         query = self._claimed_one(document_id, ending.item.custom_id)
         fields = self._info_fields(ending.info)
@@ -285,11 +319,12 @@ class JobStore:
             change = {"$set": {self._status: self._values.pending_value, **fields}}
         else:
             change = self._failure(ending.info)
-        if await self._accepted("write an answer", query, change) is not None:
-            return None
+        modified = await self._accepted("write an answer", query, change)
+        if modified is not None:
+            return modified
         info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
         await self._accepted("fail a document", query, self._failure(info))
-        return ending.item.custom_id
+        return None
 
     def _failure(self, info: Mapping[str, Any]) -> dict[str, Any]:
         fields = {**self._info_fields(info), **self.handling.failure_fields(str(info.get("error")))}

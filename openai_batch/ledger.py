@@ -45,6 +45,10 @@ _SCHEMA = Schema(
 
 # Statuses of batches that never ran, and the codes of their items; such a sending is no attempt of the document.
 NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
+CANCELLED_HERE = (
+    "cancelled_here"  # the problem of a batch that ``cancel`` ended, and the code of its items that never ran
+)
+MASKED = "m"  # the end of the custom id of a request that was masked
 PAGE = 500  # rows read at once
 
 
@@ -140,6 +144,11 @@ class Item:
     retryable: bool = False
     shard: int = 0
 
+    @property
+    def is_masked(self) -> bool:
+        """True if its request has placeholders for personal data, and so has its answer."""
+        return self.custom_id.endswith(MASKED)
+
 
 class Ledger(StateFile):
     """The ledger of one job, for one process at a time: the caller holds the lock."""
@@ -231,15 +240,19 @@ class Ledger(StateFile):
         return {state: found.get(state, 0) for state in ItemState}
 
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return, for each of *document_ids* that was sent, its sendings and its attempts.
+        """Return, for each of *document_ids* that was sent, its sendings and its attempts since it last ended.
 
-        A sending whose batch never ran is no attempt.
+        A sending whose batch never ran, or was cancelled by the operator, is no attempt.
         """
-        query = (
-            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items "
-            "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
-        )
-        rows = self._rows(query, *NOT_RUN.values(), json.dumps(document_ids))
+        query = """
+            WITH sent AS (
+                SELECT document_id, code, rowid AS place,
+                    MAX(iif(state <> 'submitted' AND NOT retryable, rowid, 0)) OVER (PARTITION BY document_id) AS ended_at
+                FROM items WHERE document_id IN (SELECT value FROM json_each(?))
+            )
+            SELECT document_id, COUNT(*), SUM(place > ended_at AND (code IS NULL OR code NOT IN (?, ?, ?)))
+            FROM sent GROUP BY document_id"""
+        rows = self._rows(query, json.dumps(document_ids), *NOT_RUN.values(), CANCELLED_HERE)
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:

@@ -9,7 +9,9 @@ would restore another person's value.
 from __future__ import annotations
 
 import hashlib
+import html
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -49,6 +51,8 @@ _IBAN_START = re.compile(r"(?<![^\W_])[A-Za-z]{2}\d{2}(?=[ \u00a0-]?[A-Za-z0-9])
 _IBAN_NEXT = re.compile(r"[ \u00a0-]?([A-Za-z0-9])")
 _IBAN_LENGTHS = range(15, 35)
 
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"})  # as Jinja2 escapes
+
 MAX_CHARACTERS = 500_000  # per document; more than models read, and more than a second of search
 
 Span = tuple[int, int, str]
@@ -85,10 +89,14 @@ class Masking:
         return _merged(spans)
 
     def _phones(self, text: str) -> Iterator[Span]:
-        if self._region is None and "+" not in text and "\uff0b" not in text:
-            return
-        for match in phonenumbers.PhoneNumberMatcher(text, self._region, max_tries=len(text)):
-            yield match.start, match.end, PHONE
+        searches: list[tuple[str | None, int]] = []
+        if "+" in text or "\uff0b" in text:  # any length that the country has: its newest numbers are in no table
+            searches.append((None, phonenumbers.Leniency.POSSIBLE))
+        if self._region is not None:
+            searches.append((self._region, phonenumbers.Leniency.VALID))
+        for region, leniency in searches:
+            for match in phonenumbers.PhoneNumberMatcher(text, region, leniency, max_tries=len(text)):
+                yield match.start, match.end, PHONE
 
 
 class Mask:
@@ -147,12 +155,20 @@ def _tag(text: str) -> str:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern for each of *names* as whole words, in any case and with any spaces between its words."""
-    words = sorted({" ".join(name.split()) for name in names} - {""}, key=len, reverse=True)
+    """Return a pattern for each of *names* as whole words, also escaped, in any case and with any spaces between its words."""
+    written = [form for name in names for form in (name, *_escapes(name))]
+    words = sorted({" ".join(name.split()) for name in written} - {""}, key=len, reverse=True)
     if not words:
         return None
     either = "|".join(r"\s+".join(re.escape(word) for word in name.split(" ")) for name in words)
     return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
+
+
+def _escapes(name: str) -> Iterator[str]:
+    """Yield *name* as the filters ``tojson`` and ``escape`` of templates, and ``html.escape``, write it."""
+    yield json.dumps(name, ensure_ascii=False)[1:-1]
+    yield name.translate(_MARKUP)
+    yield html.escape(name)
 
 
 def _ibans(text: str) -> Iterator[Span]:

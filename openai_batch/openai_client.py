@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def _refusal(
         )
     if isinstance(exc, openai.ConflictError):
         return EndedError(f"OpenAI reports a conflict ({what}, HTTP 409){said}")
-    if isinstance(exc, openai.InternalServerError):
+    # 408 comes from a gateway that may have passed the request on, so it tells nothing about the batch.
+    if isinstance(exc, openai.InternalServerError) or exc.status_code == HTTPStatus.REQUEST_TIMEOUT:
         return JobConnectionError(f"OpenAI failed ({what}, HTTP {exc.status_code}){said}")
     code = f", {exc.code}" if exc.code else ""
     return JobValidationError(f"OpenAI refuses the request ({what}, HTTP {exc.status_code}{code}){said}")

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import logging
+import math
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -24,7 +27,7 @@ from error_handler import JobConnectionError, JobProcessingError, JobValidationE
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
-from openai_batch.ledger import NOT_SENT, Item, Shard, ShardState
+from openai_batch.ledger import MASKED, NOT_SENT, Item, ItemState, Shard, ShardState
 from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError
 from storage.extended_json import canonical, id_text
 from storage.files import SPACE, explained, open_private, publish
@@ -33,17 +36,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5, code fewer
+BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5
 TOKENS_PER_MESSAGE = 4
+# What one token has at most: JSON, numbers and ids have few bytes for each token.
+_PIECE = re.compile(rb"[A-Za-z]{1,7}|[0-9]{1,3}|[!-/:-@\[-`{-~]|[\x80-\xff]{1,3}|\n+| (?=[0-9])")
 
 
-def custom_id_of(job_id: str, document_id: str, sending: int) -> str:
+def custom_id_of(job_id: str, document_id: str, sending: int, *, is_masked: bool) -> str:
     """Return the id of one line: at most 64 ASCII characters, with no text of the document.
 
     *document_id* is canonical Extended JSON, so that 1 and "1" differ; *sending* makes each line unique.
     """
     digest = hashlib.sha256(document_id.encode()).digest()
-    return f"{job_id}:{base64.urlsafe_b64encode(digest)[:22].decode()}:{sending}"
+    return f"{job_id}:{base64.urlsafe_b64encode(digest)[:22].decode()}:{sending}{MASKED if is_masked else ''}"
 
 
 def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> bytes:
@@ -60,10 +65,30 @@ def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> byte
 def estimated_tokens(body: Mapping[str, Any]) -> int:
     """Return an upper estimate of the prompt tokens of *body*."""
     messages = body.get("messages", ())
+    texts = [str(message.get("content", "")) for message in messages]
+    if body.get("response_format"):
+        texts.append(orjson.dumps(body["response_format"]).decode())
+    return math.ceil(sum(map(_text_tokens, texts))) + TOKENS_PER_MESSAGE * len(messages)
+
+
+@functools.lru_cache(maxsize=8)  # system prompt and schema are the same in each request
+def _text_tokens(text: str) -> float:
     # Bytes, not characters: other scripts have up to one token per character.
-    size = sum(len(str(message.get("content", "")).encode(errors="replace")) for message in messages)
-    schema = orjson.dumps(body["response_format"]) if body.get("response_format") else b""
-    return int((size + len(schema)) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE * len(messages) + 1
+    raw = text.encode(errors="replace")
+    return max(len(raw) / BYTES_PER_TOKEN, _PIECE.subn(b"", raw)[1])
+
+
+def reply_limit(path: Path) -> int | None:
+    """Return the answer tokens that each request of the file *path* allows; None if the file cannot be read.
+
+    All requests of a file have the same model and limits.
+    """
+    try:
+        with path.open("rb") as file:
+            body = orjson.loads(file.readline())["body"]
+        return int(body.get("max_completion_tokens") or body["max_tokens"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 class ShardWriter:
@@ -173,7 +198,8 @@ class JobSender:
         sent = self._ledger.sendings(ids)
         for document_id, document in zip(ids, page, strict=True):
             sendings, attempts = sent.get(document_id, (0, 0))
-            item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
+            custom_id = custom_id_of(context.job_id, document_id, sendings + 1, is_masked=context.config.mask_pii)
+            item = Item(custom_id, document_id, attempts + 1)
             try:
                 body = context.store.handling.request(document)
                 line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
@@ -219,16 +245,32 @@ class JobSender:
             return
         if shard.state is ShardState.CREATING:
             shard = await self.find_batch(shard)
-            if shard.state is ShardState.CREATING:
-                logger.info("no batch of shard %d exists; creating it", shard.number)
-                await self._create(shard)
+            if shard.state is not ShardState.CREATING:
+                return
+            logger.info("no batch of shard %d exists", shard.number)
+        elif not self._has_room(shard):
             return
-        if not self._has_room(shard):
+        if (reason := await self._reason_to_give_up(shard)) is not None:
+            logger.warning(
+                "the file of shard %d is not sent, because %s; its documents are pending again", shard.number, reason
+            )
+            self._ledger.give_up(shard, "never_sent")
             return
         if shard.state is ShardState.PLANNED:
             shard = await self._upload(shard)
         if shard.state is ShardState.UPLOADED:
-            await self._create(self._ledger.advance(shard.number, ShardState.CREATING, problem=None))
+            shard = self._ledger.advance(shard.number, ShardState.CREATING, problem=None)
+        if shard.state is ShardState.CREATING:
+            await self._create(shard)
+
+    async def _reason_to_give_up(self, shard: Shard) -> str | None:
+        """Return why the file of *shard*, perhaps of an earlier start, must not be sent; None if it may be."""
+        items = list(self._ledger.items(shard.number, ItemState.SUBMITTED))
+        if self._context.config.mask_pii and not items[0].is_masked:
+            return "it was made without --mask-pii"
+        if await self._context.store.count_claims(items) < len(items):  # they are sent, and paid for, in another file
+            return "another program has changed the status of documents in it"
+        return None
 
     def _has_room(self, shard: Shard) -> bool:
         if wait_left_s(shard):

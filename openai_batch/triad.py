@@ -30,7 +30,7 @@ from error_handler import (
 from model_server.protocol import ChatTarget
 from mongo_client import DocumentStore
 from openai_batch.documents import Variables, request_body
-from openai_batch.job_config import AppConfig, Document, SchemaConfig
+from openai_batch.job_config import AppConfig, Document, SchemaConfig, value_at
 from openai_batch.job_store import Answer, Handling
 from storage.extended_json import canonical, id_key, loads
 from storage.selection import StateFields
@@ -74,6 +74,7 @@ class TriadHandling(Handling):
         self._job_id = job_id
         self._result_options = ResultOptions.of(settings)
         self._variables = Variables(config)
+        self._sent_hash = f"{config.schema_config.processing_info_field}.input_sha256"
 
     def request(self, document: Document) -> dict[str, Any]:
         """Return the body for *document*; raise JobProcessingError if it has nothing to label."""
@@ -95,13 +96,18 @@ class TriadHandling(Handling):
         if document_ids:
             await self._store.release([loads(document_id) for document_id in document_ids])
 
+    def claim_fields(self, document: Document) -> dict[str, Any]:
+        """Return the hash of the text that is sent; the conversation may have another one when the answer comes."""
+        return {"input_sha256": aggregate_conversation(document).transcript_sha256}
+
     async def done(self, documents: Sequence[Document]) -> dict[str, Mapping[str, Any]]:
-        """Return the updates of those of *documents* that have a result already, by canonical id."""
-        keys = await self._store.result_keys([document["_id"] for document in documents])
+        """Return the updates of those of *documents* that have a result of their present text, by canonical id."""
+        made = await self._store.result_provenance([document["_id"] for document in documents])
         return {
             canonical(document["_id"]): self._final_update(document)
             for document in documents
-            if id_key(document["_id"]) in keys
+            if (result := made.get(id_key(document["_id"]))) is not None
+            and _is_of_text(result, aggregate_conversation(document).transcript_sha256)
         }
 
     def failure_fields(self, error: str) -> dict[str, Any]:
@@ -111,11 +117,15 @@ class TriadHandling(Handling):
         return {self._states.reason: str(known), self._states.processed_at: datetime.now(UTC)}
 
     async def deliver(self, answers: Sequence[Answer], _batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
-        """Store a result for each usable answer; a result that exists already is kept."""
+        """Store a result for each usable answer; a result of the same text is kept, one of another text replaced."""
         made = [self._result(answer) for answer in answers]
         results = [result for result in made if not isinstance(result, JobProcessingError)]
-        rejected = await self._store.write_results(results) if results else {}
-        unstored = {id(results[place]) for place in rejected}
+        known = await self._store.result_provenance([result["source_conversation_id"] for result in results])
+        unstored: set[int] = set()
+        for replaces in (False, True):
+            group = [result for result in results if _replaces(result, known) is replaces]
+            rejected = await self._store.write_results(group, replace=replaces) if group else {}
+            unstored |= {id(group[place]) for place in rejected}
         return [
             result
             if isinstance(result, JobProcessingError)
@@ -139,12 +149,13 @@ class TriadHandling(Handling):
             return JobProcessingError(f"{exc.reason}: {exc}")
         except JobProcessingError as exc:  # the conversation has grown too long for masking
             return exc
+        sent = str(value_at(answer.document, self._sent_hash, conversation.transcript_sha256))
         outcome = Outcome(
             labels,
             model_used=self._target.model,
             model_digest=self._target.digest,
-            input_sha256=conversation.transcript_sha256,
-            fingerprint=result_fingerprint(self._plan, conversation.transcript_sha256),
+            input_sha256=sent,
+            fingerprint=result_fingerprint(self._plan, sent),
             plan=self._plan,
             attempts=answer.attempt,
             prompt_tokens=answer.line.prompt_tokens,
@@ -160,3 +171,14 @@ class TriadHandling(Handling):
             update["$set"]["processed"] = True
             update["$inc"] = {"processing_attempts": 1}
         return update
+
+
+def _is_of_text(result: Mapping[str, Any], transcript_sha256: str) -> bool:
+    """Return whether the stored *result* is of this text; early versions stored no hash."""
+    return value_at(result, "processing_metadata.input_sha256", None) in (None, transcript_sha256)
+
+
+def _replaces(result: Mapping[str, Any], known: Mapping[bytes, Mapping[str, Any]]) -> bool:
+    """Return whether one of the *known* results is of the same conversation as *result*, and of another text."""
+    old = known.get(id_key(result["source_conversation_id"]))
+    return old is not None and not _is_of_text(old, result["processing_metadata"]["input_sha256"])

@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from domain.prices import MODELS, batch_prices, embedding_price, price_source
+from domain.prices import MODELS, batch_prices, dollars, embedding_price, price_source
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,20 @@ def test_half_the_usual_price_if_no_batch_rate_is_known() -> None:
     (price,) = batch_prices(1_000_000, 0, ["gpt-4o-search-preview"])
     assert price.is_assumed
     assert price.usd == pytest.approx(1.25)
+
+
+def test_many_short_prompts_have_no_price_of_long_ones() -> None:
+    """The model asks twice as much for prompts of more than 272,000 tokens."""
+    (one,) = batch_prices(50_000, 10_000, ["gpt-5.6-terra"])
+    (many,) = batch_prices(50_000_000, 10_000_000, ["gpt-5.6-terra"], longest_prompt=50_000)
+    assert many.usd == pytest.approx(1000 * one.usd)
+    (long,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"], longest_prompt=300_000)
+    (short,) = batch_prices(50_000_000, 0, ["gpt-5.6-terra"])
+    assert long.usd == pytest.approx(2 * short.usd)
+
+
+def test_price_is_shown_with_significant_digits() -> None:
+    assert [dollars(usd) for usd in (0.0000301, 0.0149, 12.345)] == ["0.000030", "0.0149", "12.35"]
 
 
 def test_unknown_model_is_left_out() -> None:

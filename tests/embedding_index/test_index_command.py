@@ -13,6 +13,7 @@ import pytest
 from genai_prices import Usage, calc_price
 
 from embedding_index.providers.openai_embeddings import openai_counter
+from embedding_index.report import in_dollars
 from tests.embedding_index.index_commands import KEY, RELATIONSHIPS, ROOT, TABLES, IndexSite
 
 pytestmark = pytest.mark.skipif(
@@ -293,3 +294,13 @@ def test_without_a_warning_in_an_interpreter_of_its_own(site: IndexSite) -> None
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
     assert os.stat(site.index).st_mode & 0o777 == 0o700
+
+
+def test_price_in_a_message_is_not_rounded_to_cents() -> None:
+    """0.01 would not be more than a --max-cost of 0.012."""
+    assert [in_dollars(usd) for usd in (None, 0.0, 0.0149, 0.00003)] == [
+        "price unknown",
+        "free",
+        "0.0149 US dollars",
+        "0.000030 US dollars",
+    ]

@@ -83,7 +83,8 @@ Faults: ``{"kind": ..., "when": {...}, "times": n, ...parameters}``. There are t
     delay                    waits first                                 delay_s (1)
 
     On the answer: all was done.
-    answer_lost              the batch or file exists, nobody is told    how "close" (default), "reset", "hang"
+    answer_lost              the batch or file exists, nobody is told    how "close" (default), "reset", "hang",
+                                                                         "408" (of a gateway)
     truncated                right Content-Length, closed before         bytes (half)
     reset_after              RST after n bytes                           bytes (half)
     cut                      shorter, with a length that fits            bytes (half)

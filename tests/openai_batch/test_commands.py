@@ -138,8 +138,15 @@ def test_cancel_keeps_answers_and_returns_the_rest(job: Job, openai: FakeOpenAI)
     kept = polled.json["succeeded"]
     assert 0 < kept < 25
     assert job.statuses() == {"completed": kept, "pending": 25 - kept}
+    assert job.cli("submit", MAX_RETRIES="1").code == 0
+    job.cli("cancel", MAX_RETRIES="1")
+    openai.advance(1000)
+    polled = job.cli("poll", MAX_RETRIES="1")
+    assert (polled.code, job.statuses()) == (0, {"completed": kept, "pending": 25 - kept}), (
+        "a cancelled batch was an attempt"
+    )
     openai.configure(polls_until_done=2)
-    assert job.cli("run").code == 0
+    assert job.cli("run", MAX_RETRIES="1").code == 0
     assert job.statuses() == {"completed": 25}
     assert openai.stats()["max_billed_per_body"] == 1
 
@@ -191,6 +198,19 @@ def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
     refused = job.cli("run", "--max-cost", "0")
     assert refused.code == 2
     assert "25 documents may cost up to" in refused.err
+
+
+def test_unsent_files_are_priced_by_their_own_model(job: Job, openai: FakeOpenAI) -> None:
+    """The settings have changed since: the files still ask the dear model for long answers."""
+    openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
+    dear = {"OPENAI_MODEL": "gpt-4o", "OPENAI_MAX_TOKENS": "900"}
+    assert job.cli("submit", **dear).code == 2
+    price = job.cli("run", "--dry-run", "--json", **dear).json["most_usd"]
+    assert job.cli("run", "--dry-run", "--json").json["most_usd"] == price > 0
+    refused = job.cli("run", "--max-cost", f"{price * 0.9:.6f}")
+    assert refused.code == 2
+    assert "25 documents may cost up to" in refused.err
+    assert openai.stats()["batches_created"] == 0
 
 
 def test_max_cost_refuses_before_sending(job: Job, openai: FakeOpenAI) -> None:

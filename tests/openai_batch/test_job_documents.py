@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from config import load_settings
 from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
 from openai_batch.documents import TemplateHandling
-from openai_batch.job_config import BatchConfig
+from openai_batch.job_config import AppConfig, BatchConfig
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
 from openai_batch.planning import ShardWriter, wait_left_s
@@ -143,16 +143,33 @@ async def open_store(job: Job) -> AsyncIterator[JobStore]:
             yield store
 
 
+class Leasing(TemplateHandling):
+    """Notes which leases are ended."""
+
+    def __init__(self, config: AppConfig) -> None:
+        super().__init__(config)
+        self.released: list[str] = []
+        self._process.close()
+
+    async def release(self, document_ids: Sequence[str]) -> None:
+        self.released += document_ids
+
+
 async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
-    """A document that was claimed again meanwhile is left unchanged."""
+    """A document that was claimed again meanwhile is left unchanged, and keeps its lease."""
     job.fill(1)
     info = {"custom_id": "job:new:2", "attempts": 2}
     job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
     before = job.documents.find_one({"_id": 0})
     async with open_store(job) as store:
         late = Ending(Item("job:old:1", canonical(0), 1, ItemState.OK), {"$set": {"answer": "late"}}, info={})
+        store.handling = handling = Leasing(job.config())
         assert await store.end([late]) == set()
-    assert job.documents.find_one({"_id": 0}) == before
+        assert handling.released == []
+        assert job.documents.find_one({"_id": 0}) == before
+        job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "pending"}})
+        await store.end([late])
+        assert handling.released == [canonical(0)]
 
 
 async def test_call_whose_library_swallows_a_cancellation_still_ends(job: Job) -> None:
@@ -391,3 +408,33 @@ def test_lone_surrogate_in_answer_is_replaced() -> None:
     assert line is not None
     assert (line.state, line.content) == (ItemState.OK, "good ? day")
     assert re.fullmatch(r"[\x20-\x7e]+", line.content or "")
+
+
+def test_document_that_has_ended_gets_a_full_set_of_attempts(job: Job, openai: FakeOpenAI) -> None:
+    """One that is asked again after each change, and one that an operator makes pending again after its failure."""
+    job.batch = {"max_retries": 2}
+    job.fill(2)
+    for _ in range(2):
+        job.run()
+        job.documents.update_many({}, {"$set": {"ai_status": "pending"}})
+    openai.configure(faults=[{"kind": "line_status", "status": 500, "when": {"text": 'text 1"'}, "times": 3}])
+    assert job.run().failed == 1
+    assert job.documents.find_one({"_id": 1})["processing_info"]["attempts"] == 2  # type: ignore[index]
+    job.documents.update_one({"_id": 1}, {"$set": {"ai_status": "pending"}})
+    job.run()
+    job.check(openai)
+    assert job.statuses() == {"completed": 2}
+    assert job.documents.find_one({"_id": 1})["processing_info"]["attempts"] == 2  # type: ignore[index]
+
+
+def test_unsent_file_whose_documents_are_pending_again_is_not_sent(job: Job, openai: FakeOpenAI) -> None:
+    """Another program, or the operator, has set their status: they are sent once, in another file."""
+    job.fill(12)
+    openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
+    assert job.cli("submit").code == 2
+    openai.configure(faults=[])
+    job.documents.update_many({"_id": {"$lt": 5}}, {"$set": {"ai_status": "pending"}})
+    assert job.cli("run").code == 0
+    job.check(openai)
+    assert job.statuses() == {"completed": 12}
+    assert openai.stats()["lines_billed"] == 12

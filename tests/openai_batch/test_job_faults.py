@@ -174,6 +174,11 @@ CASES = {
         times=KEEP_LOOKING,
     ),
     "upload answered and lost": Case([{"kind": "answer_lost", "when": {"route": "files.create"}, "times": 2}], GOOD),
+    "create answered with 408 by a gateway": Case(
+        [{"kind": "answer_lost", "when": {"route": "batches.create"}, "times": 2, "how": "408"}],
+        GOOD,
+        times=KEEP_LOOKING,
+    ),
     "create answered with a page": Case(
         [{"kind": "not_json", "when": {"route": "batches.create"}, "times": 1}],
         GOOD,

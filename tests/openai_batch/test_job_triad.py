@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from aggregator import aggregate_conversation
 from config import load_settings, load_taxonomy
+from openai_batch.job_context import JobResult
 from openai_batch.masking import MAX_CHARACTERS
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
@@ -221,6 +223,49 @@ def test_conversation_that_has_grown_too_long_for_masking_fails_alone(
     assert (result.succeeded, result.failed) == (1, 1)
     assert lane.site.source.distinct("_id", {"status": "processed"}) == [1]
     assert lane.site.source.distinct("_id", {"status": "failed"}) == [0]
+
+
+def test_answer_to_an_earlier_text_is_never_that_of_the_new_one(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both conversations get a turn while their batch runs; the program sets one of them to pending at once."""
+    lane.site.source.insert_many([conversation(number) for number in range(2)])
+    before = {document["_id"]: text_hash(document) for document in lane.site.source.find()}
+    processor = lane.processor(monkeypatch)
+
+    async def submit() -> None:
+        async with processor.opened() as job:
+            await job.submit()
+
+    async def poll() -> JobResult:
+        async with processor.opened() as job:
+            for _ in range(2):
+                await job.poll()
+            return job.context.result
+
+    def hashes() -> dict[int, str]:
+        found = lane.site.results.find()
+        return {one["source_conversation_id"]: one["processing_metadata"]["input_sha256"] for one in found}
+
+    asyncio.run(submit())
+    turn = {"$push": {"messages": {"sender": "customer", "text": "It is broken, too."}}}
+    lane.site.source.update_one({"_id": 0}, turn)
+    lane.site.source.update_one({"_id": 1}, turn | {"$set": {"status": "pending"}})
+    result = asyncio.run(poll())
+    assert (result.succeeded, result.retried) == (1, 1)
+    assert "document 1: the answer is not stored" in caplog.text
+    assert hashes() == {0: before[0]}
+    assert lane.site.database["conversation_set_leases"].count_documents({}) == 0, "the worker may take document 1"
+    assert [document["status"] for document in lane.site.source.find().sort("_id")] == ["processed", "pending"]
+    lane.site.source.update_one({"_id": 0}, {"$set": {"status": "pending"}})
+    processor.process_pending_documents()
+    assert hashes() == {document["_id"]: text_hash(document) for document in lane.site.source.find()}
+    assert lane.site.source.count_documents({"status": "processed"}) == 2
+    assert lane.openai.stats()["lines_billed"] == 4
+
+
+def text_hash(document: dict[str, Any]) -> str:
+    return aggregate_conversation(document).transcript_sha256
 
 
 def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from error_handler import JobProcessingError, JobValidationError
+from openai_batch.documents import PromptTemplate
 from openai_batch.masking import MAX_CHARACTERS, Masking
 
 PLACEHOLDER = re.compile(r"<(EMAIL|PHONE|CARD|IBAN|NAME)_[A-Z2-9]{3}>")
@@ -32,6 +33,7 @@ TRUE = [
     ("call (415) 555-2671 now", "call <PHONE> now"),
     ("call 415-555-2671 or 415.555.2671", "call <PHONE> or <PHONE>"),
     ("+49 30 901820 and +442079460958", "<PHONE> and <PHONE>"),
+    ("+1 555 123 4567, +44 7700 900123", "<PHONE>, <PHONE>"),  # no such numbers were assigned yet
     ("card 4111 1111 1111 1111", "card <CARD>"),
     ("4111-1111-1111-1111, 378282246310005", "<CARD>, <CARD>"),
     ("4111111111111111", "<CARD>"),
@@ -50,6 +52,7 @@ FALSE = [
     "7992739871 0000 0008",
     "version 3.11.9, build 20240131.2",
     "2024-01-02 12:33:11 and 01/02/2024",
+    "Tue Oct 31 21:45:10 +0000 2017, GMT+1 2017-10-31, +100 points, 1 + 1 = 2",
     "192.168.10.20:8080",
     "tracking 1Z999AA10123456784",
     "price 1,299.00, 10% off 45 items",
@@ -89,6 +92,14 @@ def test_names_match_whole_words_in_any_case() -> None:
     assert masked("ANNA\n SCHMIDT's Al-Al, also Alan", names=names) == "<NAME>'s <NAME>-<NAME>, also Alan"
     assert masked("anna.schmidt@example.org", names=("anna",)) == "<EMAIL>"
     assert masked("a.b? (x)", names=("a.b?",)) == "<NAME> (x)"
+
+
+@pytest.mark.parametrize("template", ["{{ name }}", "{{ name | e }}", "{{ name | tojson }}", "{{ [name] | tojson }}"])
+def test_names_are_masked_as_templates_write_them(template: str) -> None:
+    """With an apostrophe, quotation marks, an ampersand or a line end."""
+    for name in ("Conan O'Brien", 'Dwayne "The Rock" Johnson', "Smith & <Sons>", "Ada\nLovelace"):
+        shown = masked(PromptTemplate("user_prompt_template", template).render({"name": name}), names=(name,))
+        assert shown.strip('[]"') == "<NAME>"
 
 
 def test_overlapping_spans_are_merged() -> None:

@@ -87,6 +87,30 @@ def test_medical_schema_masks_and_restores(site: Job) -> None:
     assert site.documents.count_documents({"ai_status": "pending", "needs_preparation": True}) == 1
 
 
+def test_mask_flag_of_another_start_neither_leaks_nor_leaves_placeholders(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    """Files that were made without it are not sent with it; answers to masked requests are not stored without it."""
+    schema = ("--schema", str(MEDICAL))
+    with replying_job(mongodb_uri, db_name, tmp_path, "talking_points") as (site, fake):
+        site.documents.insert_one(patient(1))
+        fake.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
+        assert site.cli("submit", *schema).code == 2
+        fake.configure(faults=[])
+        given_up = site.cli("run", *schema, "--mask-pii", "--max-cost", "1")
+        assert (given_up.code, site.statuses()) == (0, {"pending": 1}), given_up.err
+        assert fake.stats()["bytes_uploaded"] == 0
+        assert site.cli("submit", *schema, "--mask-pii").code == 0
+        refused = site.cli("poll", *schema)
+        assert (refused.code, site.statuses()) == (2, {"in_progress": 1})
+        assert "run the same command with --mask-pii" in refused.err
+        assert site.cli("run", *schema, "--mask-pii").code == 0
+        (body,) = site.bodies()
+        assert "Anna" not in str(body)
+        (document,) = site.documents.find()
+        assert "Anna Schmidt complains" in document["event_response"]["talking_points"]["points"][0]
+
+
 @pytest.mark.parametrize("site", ["labels"], indirect=True)
 def test_conversation_labels_are_restored_in_results(site: Job) -> None:
     """The categorization has the customer's own words."""

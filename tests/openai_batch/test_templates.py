@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from error_handler import JobError, JobProcessingError, JobTemplateError
 from openai_batch import render_process
+from openai_batch.batch_protocol import Line
 from openai_batch.documents import (
     MAX_PROMPT_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS,
@@ -23,6 +24,9 @@ from openai_batch.documents import (
     fill,
 )
 from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
+from openai_batch.job_store import Answer
+from openai_batch.ledger import ItemState
+from openai_batch.planning import estimated_tokens
 from tests.cases import mostly_thorough
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -242,6 +246,31 @@ def test_size_limits_of_templates_and_prompts() -> None:
         PromptTemplate("system_prompt", "x\n{{ x")
 
 
+async def test_answer_in_the_text_format_is_a_text() -> None:
+    """It is OpenAI's default, written out; parsed as JSON, each answer would be paid for three times and stored never."""
+    config = config_of(user_prompt_template="{{ text }}")
+    openai = config.openai.model_copy(update={"response_format": {"type": "text"}})
+    line = Line("a:1", ItemState.OK, "plain words")
+    with TemplateHandling(config.model_copy(update={"openai": openai})) as handling:
+        [update] = await handling.deliver([Answer(document(), line, 1)], "batch_1")
+    assert not isinstance(update, JobProcessingError)
+    assert update["$set"]["event_response"]["talking_points"] == "plain words"
+
+
+def test_token_estimate_of_data_is_not_too_low() -> None:
+    """JSON and numbers have few bytes for each token. The counts are those of o200k_base, the encoding of GPT-4o."""
+    rows = [{"id": number, "at": f"2026-11-{number % 28 + 1:02}T10:00:00Z", "ok": None} for number in range(100)]
+    numbers = [
+        f"{n * 7919 % 1000:03}-{n * 104729 % 10**7:07}-{n * 1299709 % 10**7:07}: {n}.{n % 100:02} EUR"
+        for n in range(1, 101)
+    ]
+    for text, tokens in ((json.dumps(rows), 2901), ("\n".join(numbers), 1599)):
+        estimate = estimated_tokens({"messages": [{"role": "user", "content": text}]})
+        assert tokens <= estimate < 1.5 * tokens
+        as_schema = estimated_tokens({"response_format": {"type": text}})
+        assert as_schema >= tokens
+
+
 def test_fill_keeps_types_and_keys() -> None:
     """A placeholder alone is the value, inside a text it is text; placeholders in the answer stay text."""
     content = {"points": [1, {"deep": "{{current_date}}"}], "n": None}
@@ -249,7 +278,7 @@ def test_fill_keeps_types_and_keys() -> None:
         "$set": {
             "a": "{{response_content}}",
             "b": {"c": ["{{ response_content }}", "{{current_date}}", 5, None, True]},
-            "d": "batch {{batch_id}} of {{current_date}}: {{response_content}}",
+            "d": "batch {{batch_id}} of {{ current_date }}: {{ response_content }}",
         },
         "$inc": {"n": 1},
     }

@@ -221,7 +221,9 @@ class FakeServer:
             self.counters["answers_lost"] += 1
             self.store.save_counters()
             self.changed()
-            return await drop(request, fault.params.get("how", "close"))
+            if (how := fault.params.get("how", "close")) == "408":
+                return await send(request, json_reply(error_body("stream timeout"), 408), None)
+            return await drop(request, how)
         record["outcome"] = reply.status
         return await send(request, reply, fault)
 
