@@ -29,7 +29,7 @@ from worker.quarantine import requeue
 from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork, Settlement, is_query
 from worker.staleness import REPLACED, Only, StalenessChecker, grown_keys
-from worker.subset import in_subset
+from worker.subset import in_subset, quarantined_in_subset
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ class DocumentIntake:
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
         if self._retries_failed:
-            requeued = await asyncio.to_thread(requeue, self._files)
+            keys = await quarantined_in_subset(self._store, self._files) if self._options.subset.name else None
+            requeued = await asyncio.to_thread(requeue, self._files, keys)
             logger.info("%d quarantined documents are retried with a full set of attempts", requeued)
         async for file in _one_by_one(self._files.load_pending()):
             batch = BatchInWork(file)
