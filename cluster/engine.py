@@ -83,7 +83,7 @@ async def run_workers(
     """
     files = BatchFiles(settings.batch_files_dir)  # for the progress of all workers
     files.acquire()
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=options.subset)
     try:
         await store.check()
         shows_logs = logging.getLogger().isEnabledFor(logging.INFO)

@@ -158,7 +158,7 @@ class BatchRun:
 
     def _has_room(self, backlog: int) -> bool:
         """Return whether at most *backlog* documents are in work; urgent ones keep none out, or the others could starve."""
-        unsettled = self._settlement.unsettled - (self._lane.unsettled if self._lane.taken else 0)
+        unsettled = self._settlement.unsettled - (self._lane.unsettled if self._settlement.stats.urgent else 0)
         return unsettled <= backlog and (not backlog or self._settlement.bytes_in_work <= BYTES_IN_WORK)
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
@@ -382,7 +382,6 @@ class BatchRun:
             "in_retry_queue": len(self._failed_now("retry")),
             "in_quarantine": len(self._failed_now("quarantine")),
             "not_selected": None if self._left_out is None else asdict(self._left_out),
-            "urgent": self._lane.taken,
             "interrupted": self._stop.is_set(),
             "held_back_s": 0.0 if self._parts.service_first is None else round(self._parts.service_first.held_s, 1),
             "review_below": self._settings.review_below,
