@@ -36,8 +36,7 @@ from tests.worker.site import (
 )
 from utils.batch_file_manager import BatchFiles
 from utils.failed_documents import FailedDocument
-from worker.checkpoint import Checkpoint
-from worker.checkpoint import RunStats
+from worker.checkpoint import Checkpoint, RunStats
 from worker.intake import DocumentIntake, RunOptions, RunParts
 from worker.settlement import Settlement
 from worker.staleness import StalenessChecker
