@@ -27,7 +27,8 @@ async def in_subset(store: DocumentStore, document_ids: list[Any]) -> set[bytes]
     return {id_key(document["_id"]) for document in found}
 
 
-async def quarantined_in_subset(store: DocumentStore, files: BatchFiles) -> set[bytes]:
-    """Return the ``id_key`` of those documents in the quarantine of *files* that ``in_subset`` finds."""
-    found = [entry.conversation_id for _, entries in files.failure_files("quarantine") for entry in entries]
-    return await in_subset(store, found)
+async def quarantined(store: DocumentStore, files: BatchFiles, *, is_part: bool, limit: int | None) -> set[bytes]:
+    """Return the ``id_key`` of up to *limit* documents in the quarantine of *files*; if *is_part*, those of ``in_subset``."""
+    found = {entry.key: entry.conversation_id for _, entries in files.failure_files("quarantine") for entry in entries}
+    chosen = await in_subset(store, list(found.values())) if is_part else found.keys()
+    return set([key for key in found if key in chosen][:limit])
