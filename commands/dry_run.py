@@ -26,7 +26,7 @@ async def dry_run(arguments: argparse.Namespace, settings: Settings, options: Ru
     try:
         await store.check()
         await require_query(store, options.subset.condition, "--filter")
-        if options.only in ("stale", "style", "failed") and plan is None:
+        if options.only in ("stale", "style", "student", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds, tell_line)

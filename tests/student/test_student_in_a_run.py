@@ -81,7 +81,7 @@ def test_student_saves_calls_and_its_results_name_it(school: School) -> None:
 
 @pytest.mark.usefixtures("audit_none")
 def test_only_student_lets_the_model_redo_them(school: School) -> None:
-    """``plan`` counts them; afterwards all results are the model's, also if STUDENT is set."""
+    """``plan`` and the dry run count them; afterwards all results are the model's, also if STUDENT is set."""
     site, model = school
     fill(site, NEW, 6)
     site.settings["STUDENT"] = "0.9"
@@ -89,6 +89,7 @@ def test_only_student_lets_the_model_redo_them(school: School) -> None:
     taken = by_student(site)
     assert taken
     assert json.loads(site.run("plan", "--json").out)["student"] == len(taken)
+    assert json.loads(site.run("--only", "student", "--dry-run").out)["to_classify"] == len(taken)
     model.asked.clear()
     assert site.run("--only", "student").code == 0
     assert sorted(model.asked) == taken
