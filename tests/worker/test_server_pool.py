@@ -184,6 +184,8 @@ def test_mixed_models_are_told_apart_in_the_results(site: Site, second: FakeOlla
     assert len(prints) == 30
     plan = site.run("plan", "--json", "--allow-mixed-models", **both(site, second))
     assert '"stale": 0' in plan.out, plan.out
+    plan = site.run("plan", "--json", "--allow-mixed-models", "--reply", "labels", **both(site, second))
+    assert '"style": 30' in plan.out, plan.out
 
 
 @pytest.mark.thorough
