@@ -44,9 +44,7 @@ def _plan(classifier: Classifier, target: ChatTarget, mixed: Sequence[ChatTarget
     def named(name: str) -> str:
         return classifier.plan(replace(target, model=name))
 
-    return Plan(
-        classifier.plan(target), target.digest, named, mixed=tuple(_plan(classifier, other) for other in mixed)
-    )
+    return Plan(classifier.plan(target), target.digest, named, mixed=tuple(_plan(classifier, other) for other in mixed))
 
 
 async def ask_plan(settings: Settings) -> Plan:
