@@ -232,7 +232,12 @@ class BatchProcessor:
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
         """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
         run = await self._new_run(urgent_first=False)
-        return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
+        before = self.files.read_state("checkpoint.json")
+        try:
+            return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
+        finally:
+            if before is not None and before.get("finished") is False:  # an interrupted run resumes
+                self.files.write_state("checkpoint.json", before)
 
     async def run(self, options: RunOptions | None = None) -> dict[str, Any]:
         """Classify all selected documents; return the statistics. *options* None means those of the constructor.
