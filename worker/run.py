@@ -325,7 +325,8 @@ class BatchRun:
         """
         try:
             if count:
-                self._settlement.stats.total += await self._store.count("known" if self._replace else "sweep")
+                found, limit = await self._store.count("known" if self._replace else "sweep"), self._parts.options.limit
+                self._settlement.stats.total += found if limit is None else min(found, limit)
         except StoreError as exc:
             logger.warning("the run goes on without the number of documents: %s", exc)
         try:

@@ -228,9 +228,9 @@ def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes
     running: Any = None
     make = engine.ClusterRun
 
-    def kept(*arguments: Any) -> Any:
+    def kept(*arguments: Any, **options: Any) -> Any:
         nonlocal running
-        running = make(*arguments)
+        running = make(*arguments, **options)
         return running
 
     nodes.when_polled = interrupt
@@ -281,7 +281,9 @@ def test_limit_is_shared_by_the_workers(site: Site, nodes: Nodes) -> None:
     filled(site, 60)
     ended, stats = run(site, "--limit", "7", "--workers", "3")
     assert ended.code == 0, ended.err
-    assert stats["successful"] == site.results.count_documents({}) == 7
+    assert stats["successful"] == stats["total"] == site.results.count_documents({}) == 7
+    ended, stats = run(site, "--only", "new", "--workers", "2", BATCH_SIZE="5")
+    assert (ended.code, stats["total"], stats["successful"]) == (0, 53, 53), ended.err
 
 
 def test_node_with_another_taxonomy_is_refused(site: Site, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,7 +341,9 @@ def test_limit_counts_what_failed_before(site: Site) -> None:
     files.save_failed("quarantine", 1, failed[:3])
     files.save_failed("retry", 2, failed[3:])
     site.source.update_many({"_id": {"$lt": 4}}, {"$set": {"status": "failed", "status_reason": "timeout"}})
-    assert site.run("--limit", "2").code == 1
+    ended = site.run("--limit", "2")
+    assert ended.code == 1
+    assert "completed: 2/2 done" in ended.err
     assert requests(site) == 2
     assert site.run("--retry-failed", "--limit", "2").code == 1
     assert requests(site) == 4
