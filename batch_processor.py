@@ -162,7 +162,7 @@ class BatchProcessor:
             stack.push_async_callback(window.close)
         self._window = window
         target = client.target
-        logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
+        logger.info("model %s at %s, window %d tokens", target.model, target.address, target.num_ctx)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
 
