@@ -29,7 +29,6 @@ from utils.process import stop_on_signals, tell_line
 from worker.intake import RunOptions
 from worker.left_out import LeftOut, count_in_time, count_left_out
 from worker.progress import ConsoleProgress
-from worker.quarantine import failed_keys
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace, quote_time
 
 READ = 300  # minimum documents to read, to count those with nothing to classify, which needs no model
@@ -83,8 +82,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             sample = await _draw_sample(processor.store, arguments.sample)
             if not sample.documents:
-                queued = len(failed_keys(settings.batch_files_dir))
-                left_out = await count_in_time(count_left_out(processor.store, queued=queued), tell_line)
+                counting = count_left_out(processor.store, queued=settings.batch_files_dir)
+                left_out = await count_in_time(counting, tell_line)
                 return _nothing_left(arguments, settings, left_out)
             start_s = time.monotonic()
             stats = await processor.process_batch(sample.documents)

@@ -337,8 +337,8 @@ class BatchRun:
 
     async def _count_left_out(self) -> None:
         """Count and log what this run did not select; an error here must not fail a run that is done, nor hold a stop."""
-        queued, skipped = len(self._failed_now()), self._settlement.stats.skipped - self._settlement.unusable
-        left_out = count_left_out(self._store, queued=queued, skipped_now=skipped)
+        skipped = self._settlement.stats.skipped - self._settlement.unusable
+        left_out = count_left_out(self._store, queued=self._parts.files.directory, skipped_now=skipped)
         counting = asyncio.create_task(count_in_time(left_out, logger.info))
         counting.add_done_callback(lambda _: self._progress.set())
         try:
