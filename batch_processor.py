@@ -162,7 +162,7 @@ class BatchProcessor:
             stack.push_async_callback(window.close)
         self._window = window
         target = client.target
-        logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
+        logger.info("model %s at %s, window %d tokens", target.model, target.address, target.num_ctx)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
 
@@ -232,7 +232,12 @@ class BatchProcessor:
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
         """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
         run = await self._new_run(urgent_first=False)
-        return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
+        before = self.files.read_state("checkpoint.json")
+        try:
+            return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
+        finally:
+            if before is not None and before.get("finished") is False:  # an interrupted run resumes
+                self.files.write_state("checkpoint.json", before)
 
     async def run(self, options: RunOptions | None = None) -> dict[str, Any]:
         """Classify all selected documents; return the statistics. *options* None means those of the constructor.
@@ -276,22 +281,19 @@ class BatchProcessor:
             )
         taxonomy = load_prompt_taxonomy(self.settings)
         describe = partial(self._window.classify, describing_classifier(taxonomy, self.settings))
-        at_once = self.settings.most_in_flight if self._limit is None else self._limit.current
-        made = DescriptionPass(self.settings, self.store, describe, self.stop, at_once, self._observers.reporters)
-        stats = await made.execute()
-        return {
-            "described": stats.successful,
-            "failed": stats.failed,
-            "left": stats.skipped,
-            "reasons": stats.reasons,
-            "interrupted": self.stop.is_set(),
-        }
+        parts = self._new_parts(self._options)
+        return await DescriptionPass(replace(parts, classify=describe, reporters=self._observers.reporters)).execute()
 
     async def _new_run(
         self, options: RunOptions | None = None, make_intake: Any = DocumentIntake, *, urgent_first: bool = True
     ) -> BatchRun:
         await self.connect()
-        options = replace(options or self._options, batch_size=self.settings.batch_size)
+        parts = self._new_parts(options or self._options)
+        # mongomock has no hints
+        return BatchRun(replace(parts, urgent_first=urgent_first and self._client is None), make_intake)
+
+    def _new_parts(self, options: RunOptions) -> RunParts:
+        options = replace(options, batch_size=self.settings.batch_size)
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved,
@@ -301,7 +303,7 @@ class BatchProcessor:
             only=options.only,
             subset=options.subset.name,
         )
-        parts = RunParts(
+        return RunParts(
             self.settings,
             options,
             self.store,
@@ -315,9 +317,7 @@ class BatchProcessor:
             limit=self._limit,
             service_first=self._service_first(),
             go=None if self._heartbeat is None else self._heartbeat.go,
-            urgent_first=urgent_first and self._client is None,  # mongomock has no hints
         )
-        return BatchRun(parts, make_intake)
 
     def _new_heartbeat(self) -> Heartbeat | None:
         """Return the heartbeat; None for an estimate, and for a client that was passed in: mongomock knows no pipelines."""

@@ -146,6 +146,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
                 "(--only new leaves them).\n"
             )
             options, after = replace(options, only="stale"), options
+        elif settings.mode in ("continuous", "stream") and (options.reprocess or options.retry_failed):
+            after = replace(options, reprocess=False, retry_failed=False)  # each pass would repeat all of them
         if settings.reply_style == "auto" and not parts and not arguments.dry_run:
             await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
         if arguments.dry_run:
@@ -268,20 +270,19 @@ async def _passes(
     while True:
         try:
             stats = await processor.run(options)
+            was_replaced, options, after = after is not None, after or options, None
+            await _report(arguments, settings, processor, stats)
+            undescribed = await _describe(arguments, processor, stats) if arguments.describe else 0
+            if stats["interrupted"]:
+                raise RunInterruptedError("Stopped; run the same command again to resume.")
+            if was_replaced and arguments.limit is None and await processor.store.count("sweep"):
+                continue
         except (LLMError, StoreError) as exc:
             if settings.mode == "batch" or not isinstance(exc, StoreUnavailableError | LLMUnavailableError):
                 summary.tell_failed(settings.batch_files_dir)
                 raise
             logger.warning("this pass failed; waiting for the next one: %s", exc)
         else:
-            await _report(arguments, settings, processor, stats)
-            undescribed = await _describe(arguments, processor, stats) if arguments.describe else 0
-            if stats["interrupted"]:
-                raise RunInterruptedError("Stopped; run the same command again to resume.")
-            if after is not None:
-                options, after = after, None
-                if arguments.limit is None and await processor.store.count("sweep"):
-                    continue
             if settings.mode == "batch":
                 has_failures = stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"] or undescribed
                 return ExitCode.INCOMPLETE if has_failures or is_fruitless(stats) else ExitCode.DONE

@@ -315,7 +315,7 @@ class DocumentStore:
             return await self._read_alone(document_ids, selected)
 
     async def _read_alone(self, document_ids: list[Any], query: Document | None = None) -> list[Document]:
-        read = partial(read_alone, self._source, document_ids, self._fields, self.states, query)
+        read = partial(read_alone, self._source, document_ids, self._fields, self.states, query, query is None)
         return await self._call("read documents one by one", read)
 
     async def insert_documents(self, documents: list[Document]) -> int:

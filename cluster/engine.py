@@ -83,11 +83,11 @@ async def run_workers(
     """
     files = BatchFiles(settings.batch_files_dir)  # for the progress of all workers
     files.acquire()
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=options.subset)
     try:
         await store.check()
         shows_logs = logging.getLogger().isEnabledFor(logging.INFO)
-        run = ClusterRun(observers)
+        run = ClusterRun(observers, has_shares=bool(options.only or options.limit))
         with open_cluster(address, count, shows_logs=shows_logs), stop_on_signals(run.stop, lambda: True):
             await run.execute(_jobs(settings, options, count or places()))
         stats = run.statistics(settings)
@@ -121,11 +121,15 @@ def _jobs(settings: Settings, options: RunOptions, count: int) -> list[Job]:
 
 
 class ClusterRun:
-    """Starts the workers, gathers their progress, passes a stop on, and moves workers away from nodes that are removed."""
+    """Starts the workers, gathers their progress, passes a stop on, and moves workers away from nodes that are removed.
 
-    def __init__(self, observers: Observers) -> None:
+    *has_shares* means that the total of a worker is its own share of the documents; else it is that of all.
+    """
+
+    def __init__(self, observers: Observers, *, has_shares: bool) -> None:
         self.stop = asyncio.Event()
         self._observers = observers
+        self._has_shares = has_shares
         self._job_id = f"ray_{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
         self._views: list[View] = []
         self._stopped = self._has_ended = False
@@ -233,15 +237,20 @@ class ClusterRun:
     def _report(self, status: str) -> None:
         now = [view.last for view in self._running() if view.last is not None and not view.is_silent]
         limits = [one.limit for one in now if one.limit is not None]
-        stats = added(view.stats for view in self._views)
+        stats = self._stats()
         for reporter in self._observers.reporters:
             in_flight = sum(one.in_flight for one in now)
             reporter.update(self._job_id, status, stats, in_flight, sum(limits) if limits else None)
 
+    def _stats(self) -> RunStats:
+        found = [view.stats for view in self._views]
+        stats = added(found)
+        return replace(stats, total=sum(one.total for one in found)) if self._has_shares else stats
+
     def statistics(self, settings: Settings) -> dict[str, Any]:
         """Return what ``run_workers`` returns, but for *not_selected*."""
         ends = [view.ended for view in self._views if view.ended is not None]
-        counts = asdict(added(view.stats for view in self._views))
+        counts = asdict(self._stats())
         errors = [end.exit_code for end in ends if end.error is not None]
         interrupted = self.stop.is_set() or any(end.interrupted for end in ends)
         code = max(errors, default=0) or (

@@ -26,7 +26,7 @@ async def dry_run(arguments: argparse.Namespace, settings: Settings, options: Ru
     try:
         await store.check()
         await require_query(store, options.subset.condition, "--filter")
-        if options.only in ("stale", "style", "failed") and plan is None:
+        if options.only in ("stale", "style", "student", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds, tell_line)
@@ -46,9 +46,8 @@ async def dry_run(arguments: argparse.Namespace, settings: Settings, options: Ru
 
 async def _left_out(store: DocumentStore, settings: Settings) -> LeftOut | None:
     """Return what a run leaves out; None, with a line, if MongoDB does not count it in time."""
-    queued = len(failed_keys(settings.batch_files_dir))
     try:
-        return await count_in_time(count_left_out(store, queued=queued), tell_line)
+        return await count_in_time(count_left_out(store, queued=settings.batch_files_dir), tell_line)
     except StoreUnavailableError as exc:
         tell_line(f"The documents that are not selected were not counted: {exc}.")
         return None

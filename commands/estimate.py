@@ -29,10 +29,8 @@ from utils.process import stop_on_signals, tell_line
 from worker.intake import RunOptions
 from worker.left_out import LeftOut, count_in_time, count_left_out
 from worker.progress import ConsoleProgress
-from worker.quarantine import failed_keys
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace, quote_time
 
-CHECKPOINT = "checkpoint.json"
 READ = 300  # minimum documents to read, to count those with nothing to classify, which needs no model
 CANDIDATES = 1000  # minimum ids to draw, to count the pending documents that have a result already
 FACTORS = (1, 2, 4)  # of the requested concurrency
@@ -84,11 +82,11 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             sample = await _draw_sample(processor.store, arguments.sample)
             if not sample.documents:
-                queued = len(failed_keys(settings.batch_files_dir))
-                left_out = await count_in_time(count_left_out(processor.store, queued=queued), tell_line)
+                counting = count_left_out(processor.store, queued=settings.batch_files_dir)
+                left_out = await count_in_time(counting, tell_line)
                 return _nothing_left(arguments, settings, left_out)
             start_s = time.monotonic()
-            stats = await _classify(processor, sample)
+            stats = await processor.process_batch(sample.documents)
             seconds = time.monotonic() - start_s
     if stats["interrupted"]:
         raise RunInterruptedError(
@@ -158,16 +156,6 @@ def _is_askable(document: Document) -> bool:
     except SkippedDocumentError:
         return False
     return True
-
-
-async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[str, Any]:
-    """Classify the sample with every safeguard of a run; keep the checkpoint of an interrupted run."""
-    before = processor.files.read_state(CHECKPOINT)
-    try:
-        return await processor.process_batch(sample.documents)
-    finally:
-        if before is not None and before.get("finished") is False:
-            processor.files.write_state(CHECKPOINT, before)
 
 
 def _why_no_estimate(stats: dict[str, Any], left: int) -> str | None:

@@ -29,7 +29,6 @@ from model_server.protocol import (
     parse_chat_response,
     part,
     reasoning,
-    refuses_logprobs,
 )
 from model_server.refusals import refused_fields, refused_options, refuses_schema, refuses_system_role
 from network.outgoing import problem_of
@@ -104,7 +103,7 @@ def chat_flow(
         changes = lesson(target, *answer)
         if changes:
             client.target = replace(client.target, **changes)
-            logger.info("learned about %s at %s: %s", target.model, target.server_url, ", ".join(sorted(changes)))
+            logger.info("learned about %s at %s: %s", target.model, target.address, ", ".join(sorted(changes)))
         try:
             reply = parse_chat_response(target, *answer, messages)
         except LLMError:
@@ -122,11 +121,16 @@ def learn_form(client: TargetOwner, schema_json: bytes, status: int, body: bytes
     is_array = json_object(schema_json).get("type") == "array"
     if status not in (400, 422, 500, 501) or not is_array or not refuses_schema(body[:4000].decode("utf-8", "replace")):
         return
-    problem = f"{target.model} at {target.server_url} takes no array as answer; the reply style is now labels"
+    problem = f"{target.model} at {target.address} takes no array as answer; the reply style is now labels"
     if not target.refuses_arrays:
         client.target = replace(target, refuses_arrays=True)
         logger.warning("%s. To avoid the first refusal, set REPLY_STYLE=labels", problem)
     raise LLMFormError(problem)
+
+
+def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
+    """Return whether a response refuses the request because of the log probabilities that *target* asks for."""
+    return target.logprobs and status in (400, 422) and b"logprobs" in body[:4000]
 
 
 def lesson(target: ChatTarget, status: int, body: bytes) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def require_schemas(target: ChatTarget, status: int, body: bytes) -> None:
     """Raise LLMOutdatedError if a response shows that the server cannot bind answers to a JSON schema."""
     if status == 400 and _REFUSES_SCHEMA.search(body[:4000]):
         raise LLMOutdatedError(
-            f"the Ollama at {target.server_url} is too old: it takes no JSON schema as format; update it to version "
+            f"the Ollama at {target.address} is too old: it takes no JSON schema as format; update it to version "
             f"{'.'.join(map(str, FIRST_VERSION))}.0 or later"
         )
 
@@ -214,7 +218,7 @@ def is_outdated(version: str | None) -> bool:
 
 def connection_error(target: ChatTarget, exc: BaseException, *, was_made: bool) -> LLMConnectionError:
     """Return the error for a connection that was refused or, if it *was_made*, reset or cut off by *exc*."""
-    is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.server_url}"
+    is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.address}"
     setting = "OLLAMA_ENDPOINT" if is_ollama else "LLM_API_URL"
     if (known := problem_of(exc, target.server_url, setting)) is not None:
         return LLMConnectionError(known)

@@ -28,6 +28,7 @@ from error_handler import (
 from model_server.grammar import bound_answer
 from model_server.refusals import context_refusal
 from model_server.tokens import least_prompt_tokens
+from network.outgoing import origin
 
 T = TypeVar("T")
 
@@ -83,6 +84,11 @@ class ChatTarget:
     engine: str = ""
 
     @property
+    def address(self) -> str:
+        """The address of the server as messages and logs show it."""
+        return origin(self.server_url)
+
+    @property
     def thinking_switches(self) -> dict[str, Any]:
         """The fields that switch thinking off in OpenAI's protocol; gpt-oss knows no "none", but "low"."""
         if not self.disable_thinking:
@@ -123,11 +129,6 @@ class ChatReply:
     scores: tuple[float, ...] = ()
 
 
-def build_load_body(target: ChatTarget) -> bytes:
-    """Return the body that loads the model with the options of ``build_chat_body``, without a question."""
-    return build_chat_body(replace(target, protocol="ollama_chat"), [], b"null")
-
-
 def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int = 0) -> bytes:
     """Return the body of a chat request. *schema_json* is the JSON Schema of the answer.
 
@@ -165,11 +166,6 @@ def without_system(messages: list[Message]) -> list[Message]:
     """Return *messages* with the rules at the beginning of the first user turn, for models without a system role."""
     rules, first = messages[0]["content"], messages[1]["content"]
     return [{"role": "user", "content": f"{rules}\n\n{first}"}, *messages[2:]]
-
-
-def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
-    """Return whether a response refuses the request because of the log probabilities that *target* asks for."""
-    return target.logprobs and status in (400, 422) and b"logprobs" in body[:4000]
 
 
 def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:

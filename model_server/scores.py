@@ -266,7 +266,9 @@ class _Reading:
     def refusal(self, why: str) -> LLMFormError:
         """Return the error for a server that cannot be asked this way, and note it in the target."""
         target = self._client.target
-        problem = f"{target.model} at {target.server_url} gives no probabilities of labels ({why}); the reply style is now list"
+        problem = (
+            f"{target.model} at {target.address} gives no probabilities of labels ({why}); the reply style is now list"
+        )
         if "scores" not in target.refused:
             self._client.target = replace(target, refused=target.refused | {"scores"})
             logger.warning("%s. To avoid this, set REPLY_STYLE=list", problem)

@@ -30,7 +30,7 @@ from model_server.protocol import (
     NUM_PREDICT,
     ChatTarget,
     ServerRequest,
-    build_load_body,
+    build_chat_body,
     is_half_window,
     parse_load_response,
 )
@@ -118,6 +118,11 @@ def choose_window(needs: Sequence[int] | None, limit: int | None, asked: int | N
     return WindowChoice(num_ctx, num_ctx, holding(SHARE_BESIDE), held, len(needs))
 
 
+def build_load_body(target: ChatTarget) -> bytes:
+    """Return the body that loads the model with the options of ``build_chat_body``, without a question."""
+    return build_chat_body(replace(target, protocol="ollama_chat"), [], b"null")
+
+
 def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: Say) -> TargetFlow:
     """Load the model: yield each request, receive its status and body, return the target with the window to use.
 
@@ -149,7 +154,7 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
     except LLMModelError:
         raise
     except LLMRejectedError:  # a server that only emulates Ollama may refuse a chat without messages
-        say(f"the server at {target.server_url} loads no model on request; the first answer shows if it works")
+        say(f"the server at {target.address} loads no model on request; the first answer shows if it works")
     return _verified(target, find_loaded(target.model, *(yield loaded_request(target.server_url))), say)
 
 

@@ -126,7 +126,7 @@ def certificate_problem(exc: BaseException, url: str) -> str | None:
             remedy = "use a name that the certificate has"
         else:
             remedy = "set SSL_CERT_FILE (or REQUESTS_CA_BUNDLE) to the PEM file of the authority that signed it"
-        return f"the certificate of {_origin(url)} is not trusted ({cause.verify_message.rstrip('.')}); {remedy}"
+        return f"the certificate of {origin(url)} is not trusted ({cause.verify_message.rstrip('.')}); {remedy}"
     return None
 
 
@@ -139,21 +139,22 @@ def problem_of(exc: BaseException, url: str, setting: str = "the address") -> st
         return known
     for cause in _causes(exc):
         if isinstance(cause, socket.gaierror):
-            return f"the name of {_origin(url)} cannot be resolved (DNS); correct {setting}, or check the network"
+            return f"the name of {origin(url)} cannot be resolved (DNS); correct {setting}, or check the network"
         reason = getattr(cause, "reason", None) or ""
         if isinstance(cause, ssl.SSLError) and reason and reason not in _BROKEN_OFF:
             reason = reason.replace("_", " ").lower()
-            return f"no TLS connection to {_origin(url)} ({reason}); correct {setting}: http:// is without TLS"
+            return f"no TLS connection to {origin(url)} ({reason}); correct {setting}: http:// is without TLS"
     parts = urlsplit(url)
     host = parts.hostname or ""
     if not is_inside(host) and (found := _environment_proxy(parts.scheme, host)):
         if not _settings().proxy_from_environment:
-            return f"no connection to {_origin(url)}; {found[0]} is not used unless PROXY_FROM_ENVIRONMENT=true"
-        return f"no connection to {_origin(url)} through the proxy of {found[0]}; check both"
+            return f"no connection to {origin(url)}; {found[0]} is not used unless PROXY_FROM_ENVIRONMENT=true"
+        return f"no connection to {origin(url)} through the proxy of {found[0]}; check both"
     return None
 
 
-def _origin(url: str) -> str:
+def origin(url: str) -> str:
+    """Return *url* without its path, which may hold a key: for messages and logs."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 

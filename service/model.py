@@ -168,8 +168,8 @@ class ModelService:
         if not self._found:
             self._classifier = classifier_for(self._settings, target, self.taxonomy)
         if self._window is not None and not self._window.is_loaded:
-            return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is available and not loaded yet"
-        return None, f"{target.model} at {target.server_url} is ready"
+            return errors.MODEL_LOADING, f"{target.model} at {target.address} is available and not loaded yet"
+        return None, f"{target.model} at {target.address} is ready"
 
     async def _find_model(self, window: SharedWindow | ServerPool) -> None:
         while await self.check() is not None:

@@ -86,8 +86,9 @@ async def read_alone(
     fields: Iterable[str] | None,
     states: StateFields | None = None,
     query: Document | None = None,
+    is_page: bool = True,
 ) -> list[Document]:
-    """Return those *document_ids* that *query* finds, up to PAGE_BYTES, each read alone.
+    """Return those *document_ids* that *query* finds, each read alone; if *is_page*, up to PAGE_BYTES.
 
     One that is not valid BSON has UNREADABLE, and of its fields only those of its state (*states*; None: the default ones).
     """
@@ -103,7 +104,7 @@ async def read_alone(
             page += found if projection is fields else [{**document, UNREADABLE: True} for document in found]
             break
         size += len(bson_encode(page[-1])) if page else 0
-        if size >= PAGE_BYTES:
+        if is_page and size >= PAGE_BYTES:
             break
     return page
 

@@ -7,6 +7,7 @@ import pytest
 from batch_processor import BatchProcessor
 from error_handler import SkippedDocumentError
 from tests.worker.site import Site, check_results, check_statuses, conversation
+from worker.intake import RunOptions
 
 
 def processor_of(site: Site) -> BatchProcessor:
@@ -54,6 +55,20 @@ async def test_process_batch_classifies_the_given_documents_only(site: Site) -> 
     check_results(site, documents[:2])
     check_statuses(site, documents[:2])
     assert site.source.count_documents({"status": "pending"}) == 2
+
+
+async def test_process_batch_keeps_the_checkpoint_of_an_interrupted_run(site: Site) -> None:
+    """Otherwise the next ``--reprocess`` would begin anew."""
+    documents = [conversation(number) for number in range(2)]
+    site.source.insert_many(documents)
+    async with processor_of(site) as processor:
+        await processor.run(RunOptions(reprocess=True))
+        before = processor.files.read_state("checkpoint.json") or {}
+        processor.files.write_state("checkpoint.json", before | {"finished": False})
+        site.source.insert_one(conversation(2))
+        await processor.process_batch([conversation(2)])
+        after = processor.files.read_state("checkpoint.json") or {}
+    assert after == before | {"finished": False}
 
 
 async def test_run_classifies_everything_and_close_gives_the_directory_back(site: Site) -> None:

@@ -22,7 +22,8 @@ class RunStats:
     *skipped* documents have nothing to classify. *already_done* documents had a result, *leased_elsewhere* ones belong
     to another worker; neither counts as processed. *with_confidence* counts results with the model's confidence,
     *needs_review* those of them with a label below REVIEW_BELOW. *copied* is the part of *successful* that reused the
-    result of an identical conversation, *by_student* the part that the student answered.
+    result of an identical conversation, *by_student* the part that the student answered. *urgent* documents
+    went first.
     """
 
     total: int = 0
@@ -38,6 +39,7 @@ class RunStats:
     needs_review: int = 0
     copied: int = 0
     by_student: int = 0
+    urgent: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # field -> label -> documents
 

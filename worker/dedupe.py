@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from domain.conversation import Classification, Outcome
+from domain.conversation import Classification, Outcome, is_student
 from storage import extended_json
 from storage.extended_json import Document
 from worker.settlement import WorkItem
@@ -80,9 +80,10 @@ class Deduplicator:
         return True
 
     def answered(self, item: WorkItem, outcome: Outcome) -> list[Copy]:
-        """Keep the *outcome* of *item*; return its followers, each with a copy."""
+        """Keep the *outcome* of *item*, unless a student answered; return its followers, each with a copy."""
         if item.input_hash:
             del self._leaders[item.input_hash]
+        if item.input_hash and not is_student(outcome.model_used):  # it may withdraw before the next copy
             values = extended_json.dumps([item.written_id]), _row(outcome)
             self._begin()
             self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", bytes.fromhex(item.input_hash), *values)

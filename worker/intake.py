@@ -29,7 +29,7 @@ from worker.quarantine import requeue
 from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork, Settlement, is_query
 from worker.staleness import REPLACED, Only, StalenessChecker, grown_keys
-from worker.subset import in_subset
+from worker.subset import in_subset, quarantined
 
 logger = logging.getLogger(__name__)
 
@@ -123,12 +123,15 @@ class DocumentIntake:
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
         if self._retries_failed:
-            requeued = await asyncio.to_thread(requeue, self._files)
+            is_part, limit = self._options.subset.name is not None, self._options.limit
+            keys = await quarantined(self._store, self._files, is_part=is_part, limit=limit)
+            requeued = await asyncio.to_thread(requeue, self._files, keys)
             logger.info("%d quarantined documents are retried with a full set of attempts", requeued)
         async for file in _one_by_one(self._files.load_pending()):
             batch = BatchInWork(file)
             logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
             await self._keep_own(batch)
+            self._taken += len(batch.items)
             yield batch
 
     async def fresh(self) -> AsyncGenerator[BatchInWork]:
@@ -177,6 +180,7 @@ class DocumentIntake:
             if not await self._is_selected(batch):
                 continue
             await self._keep_own(batch)
+            self._taken += len({item.key for item in batch.items} - self._settlement.failed_keys)
             self._settlement.stats.retried += len(batch.items)
             yield batch
 

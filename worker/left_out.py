@@ -6,11 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from domain.text import counted, one_line
 from error_handler import StoreUnavailableError
 from mongo_client import DocumentStore
+from utils.batch_file_manager import FAILURE_KINDS
+from worker.quarantine import failed_keys, list_failed
+from worker.subset import in_subset
 
 T = TypeVar("T")
 
@@ -113,24 +117,37 @@ async def count_in_time(counting: Coroutine[Any, Any, T], tell: Callable[[str], 
         task.cancel()
 
 
-async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int = 0) -> LeftOut:
+async def count_left_out(store: DocumentStore, *, queued: Path | int, skipped_now: int = 0) -> LeftOut:
     """Return what a run leaves out now.
 
-    *queued* documents are in the local retry queue or quarantine; *skipped_now* were skipped by this run. Above
-    EXACT_MARKS, *elsewhere* is the least number, from the sizes of both collections.
+    *queued* is the directory with the retry queue and the quarantine, or the number of their documents; *skipped_now* were
+    skipped by this run. Above EXACT_MARKS, *elsewhere* is the least number, from the sizes of both collections.
     """
     foreign = await store.count("foreign")
     marked = await store.count("processed")
     elsewhere = await _without_result(store, marked)
+    in_queue = queued if isinstance(queued, int) else await _queued(store, queued)
     return LeftOut(
         foreign,
         await _statuses(store) if foreign else {},
         elsewhere,
-        max(0, await store.count("failed") - queued),
+        max(0, await store.count("failed") - in_queue),
         max(0, await store.count("skipped") - skipped_now),
         marked - elsewhere,
         await _filtered(store),
     )
+
+
+async def _queued(store: DocumentStore, directory: Path) -> int:
+    """Return how many documents of the retry queue and the quarantine of *directory* are in the subset."""
+    if not store.states.subset:
+        return len(failed_keys(directory))
+    return len(await in_subset(store, await asyncio.to_thread(_queued_ids, directory)))
+
+
+def _queued_ids(directory: Path) -> list[Any]:
+    kinds = FAILURE_KINDS if directory.is_dir() else ()
+    return [entry.conversation_id for kind in kinds for entry in list_failed(directory, kind).entries]
 
 
 async def _filtered(store: DocumentStore) -> int:

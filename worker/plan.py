@@ -37,15 +37,14 @@ Sample = Callable[[], Awaitable[list[int]]]
 def plan_of(classifier: Classifier, target: ChatTarget, mixed: Sequence[ChatTarget] = ()) -> Plan:
     """Return the plan of a run with *target*; *mixed* are those of servers with another model, if that is allowed."""
     others = (classifier.restyled(style) for style in STYLES if style != classifier.reply_style)
-    return replace(
-        _plan(classifier, target),
-        others=tuple(_plan(other, target) for other in others),
-        mixed=tuple(_plan(classifier, other) for other in mixed),
-    )
+    return replace(_plan(classifier, target, mixed), others=tuple(_plan(other, target, mixed) for other in others))
 
 
-def _plan(classifier: Classifier, target: ChatTarget) -> Plan:
-    return Plan(classifier.plan(target), target.digest, lambda name: classifier.plan(replace(target, model=name)))
+def _plan(classifier: Classifier, target: ChatTarget, mixed: Sequence[ChatTarget] = ()) -> Plan:
+    def named(name: str) -> str:
+        return classifier.plan(replace(target, model=name))
+
+    return Plan(classifier.plan(target), target.digest, named, mixed=tuple(_plan(classifier, other) for other in mixed))
 
 
 async def ask_plan(settings: Settings) -> Plan:

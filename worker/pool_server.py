@@ -78,7 +78,7 @@ class Server:
         told = "" if self.error is None else str(self.error)
         if not told and not self.is_ready:  # the breaker opens before the first probe
             told = self.client.breaker.problem
-        return told.replace(self._settings.server_url, self.name)
+        return told.replace(self.client.target.address, self.name)
 
     @property
     def is_reachable(self) -> bool:

@@ -158,7 +158,7 @@ class BatchRun:
 
     def _has_room(self, backlog: int) -> bool:
         """Return whether at most *backlog* documents are in work; urgent ones keep none out, or the others could starve."""
-        unsettled = self._settlement.unsettled - (self._lane.unsettled if self._lane.taken else 0)
+        unsettled = self._settlement.unsettled - (self._lane.unsettled if self._settlement.stats.urgent else 0)
         return unsettled <= backlog and (not backlog or self._settlement.bytes_in_work <= BYTES_IN_WORK)
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
@@ -325,7 +325,8 @@ class BatchRun:
         """
         try:
             if count:
-                self._settlement.stats.total += await self._store.count("known" if self._replace else "sweep")
+                found, limit = await self._store.count("known" if self._replace else "sweep"), self._parts.options.limit
+                self._settlement.stats.total += found if limit is None else min(found, limit)
         except StoreError as exc:
             logger.warning("the run goes on without the number of documents: %s", exc)
         try:
@@ -336,8 +337,8 @@ class BatchRun:
 
     async def _count_left_out(self) -> None:
         """Count and log what this run did not select; an error here must not fail a run that is done, nor hold a stop."""
-        queued, skipped = len(self._failed_now()), self._settlement.stats.skipped - self._settlement.unusable
-        left_out = count_left_out(self._store, queued=queued, skipped_now=skipped)
+        skipped = self._settlement.stats.skipped - self._settlement.unusable
+        left_out = count_left_out(self._store, queued=self._parts.files.directory, skipped_now=skipped)
         counting = asyncio.create_task(count_in_time(left_out, logger.info))
         counting.add_done_callback(lambda _: self._progress.set())
         try:
@@ -382,7 +383,6 @@ class BatchRun:
             "in_retry_queue": len(self._failed_now("retry")),
             "in_quarantine": len(self._failed_now("quarantine")),
             "not_selected": None if self._left_out is None else asdict(self._left_out),
-            "urgent": self._lane.taken,
             "interrupted": self._stop.is_set(),
             "held_back_s": 0.0 if self._parts.service_first is None else round(self._parts.service_first.held_s, 1),
             "review_below": self._settings.review_below,

@@ -59,7 +59,8 @@ class ServerPool:
         self._first: Server | None = None  # whose traits the others must have
         self._traits: Traits | None = None
         self._choice: WindowChoice | None = None
-        self._window: int | None = None  # of all servers, in tokens, once one has loaded the model
+        self._window: int | None = None  # the least of all servers, in tokens, once one has loaded the model
+        self._wanted: int | None = None  # the window that they are asked for, which may be larger
         self._classifiers: dict[tuple[Classifier, str | None], Classifier] = {}
         self._held = 0
         self._freed = asyncio.Condition()
@@ -150,12 +151,12 @@ class ServerPool:
 
         Raises:
             LLMError: It does not load on any.
-            ConfigurationError: All others give another window than the first.
+            ConfigurationError: All others give a smaller window than the first.
         """
         self._choice = choice
         for server in self.ready:
             try:
-                self._window = (await server.load(choice, say)).num_ctx
+                self._window = self._wanted = (await server.load(choice, say)).num_ctx
             except LLMError as exc:
                 self._leave_out(server, exc)
             else:
@@ -184,8 +185,8 @@ class ServerPool:
 
     def adopt(self, num_ctx: int) -> None:
         """Use the larger window *num_ctx* from the next call on; see ``SharedWindow.adopt``."""
-        if self._window is not None and num_ctx > self._window and self._settings.ollama_num_ctx is None:
-            self._window = num_ctx
+        if self._wanted is not None and num_ctx > self._wanted and self._settings.ollama_num_ctx is None:
+            self._wanted = num_ctx
             for server in self.ready:
                 server.window.adopt(num_ctx)
 
@@ -298,13 +299,14 @@ class ServerPool:
             target = await server.load(self._choice_like_others(server), say)
         except LLMError as exc:
             return exc
-        if target.num_ctx == self._window or self._settings.allow_mixed_models:
+        # A larger one that another program has loaded is no problem, and a server may give less than a worker has asked for.
+        if self._window is None or target.num_ctx >= self._window or self._settings.allow_mixed_models:
             return None
         return ConfigurationError(f"it gives a window of {target.num_ctx} tokens instead of {self._window}")
 
     def _choice_like_others(self, server: Server) -> WindowChoice:
         """Return the choice that gives *server* the window of the others."""
-        window = choose_window(None, server.client.target.context_limit, self._window)
+        window = choose_window(None, server.client.target.context_limit, self._wanted)
         return replace(self._choice or window, num_ctx=window.num_ctx, least=window.least)
 
     def _difference(self, traits: Traits) -> ConfigurationError | None:

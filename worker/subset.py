@@ -7,6 +7,7 @@ from typing import Any
 from error_handler import ConfigurationError, StoreRejectedError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
+from utils.batch_file_manager import BatchFiles
 
 
 async def require_query(store: DocumentStore, query: Document, name: str) -> None:
@@ -24,3 +25,10 @@ async def in_subset(store: DocumentStore, document_ids: list[Any]) -> set[bytes]
     match = {"_id": {"$in": document_ids}, **store.states.queries["all"]}
     found = await store.aggregate("look for documents", [{"$match": match}, {"$project": {"_id": 1}}])
     return {id_key(document["_id"]) for document in found}
+
+
+async def quarantined(store: DocumentStore, files: BatchFiles, *, is_part: bool, limit: int | None) -> set[bytes]:
+    """Return the ``id_key`` of up to *limit* documents in the quarantine of *files*; if *is_part*, those of ``in_subset``."""
+    found = {entry.key: entry.conversation_id for _, entries in files.failure_files("quarantine") for entry in entries}
+    chosen = await in_subset(store, list(found.values())) if is_part else found.keys()
+    return set([key for key in found if key in chosen][:limit])

@@ -136,7 +136,7 @@ class UrgentLane:
     """Puts urgent documents before the *queue* of a run.
 
     *queue* has one entry for each document that waits: the document, or None for one that waits here. ``waiting`` is the number
-    of those, ``taken`` that of the urgent documents of this run.
+    of those.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class UrgentLane:
         self._has_ended = self._has_more = False
         self._is_low = asyncio.Event()
         self.ready = asyncio.Event()  # set when the indexes exist
-        self.waiting = self.taken = 0
+        self.waiting = 0
 
     @property
     def unsettled(self) -> int:
@@ -228,7 +228,7 @@ class UrgentLane:
         logger.info("%s first", counted(len(batch.items), "urgent document goes", "urgent documents go"))
         self._batches = [one for one in self._batches if one.unsettled] + [batch]
         self._settlement.admit(batch)
-        self.taken += len(batch.items)
+        self._settlement.stats.urgent += len(batch.items)
         self.waiting += len(batch.items)
         for item in batch.items:
             heapq.heappush(self._urgent, (-priorities[item.key], next(self._numbers), item))
@@ -240,7 +240,7 @@ class UrgentLane:
             entry = self._queue.get_nowait()
             if entry is not None and entry.key in priorities:
                 heapq.heappush(self._urgent, (-priorities[entry.key], next(self._numbers), entry))
-                self.taken += 1
+                self._settlement.stats.urgent += 1
                 self.waiting += 1
                 entry = None
             self._queue.put_nowait(entry)

@@ -148,6 +148,19 @@ def test_workers_share_the_documents_and_the_summary_has_their_sums(site: Site, 
     assert (state["status"], state["processed"]) == ("completed", 60)
 
 
+def test_summary_has_the_subset_and_the_urgent_documents(site: Site, nodes: Nodes) -> None:
+    """As that of one worker: what failed outside the subset is not told, and what waits there is."""
+    filled(site, 9)
+    site.source.update_many({"_id": {"$lt": 4}}, {"$set": {"channel": "email"}})
+    site.source.update_many({"_id": {"$gte": 6}}, {"$set": {"status": "failed", "status_reason": "timeout"}})
+    ended, stats = run(site, "--filter", '{"channel": "email"}')
+    assert ended.code == 0, ended.err
+    left = stats["not_selected"]
+    assert (left["done"], left["filtered"], left["failed"]) == (4, 2, 0)
+    assert stats["urgent"] == 0
+    assert added([RunStats(urgent=1), RunStats(urgent=2)]).urgent == 3
+
+
 def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes: Nodes) -> None:
     """It finishes its calls first, so no call is repeated, and its counts are kept."""
     documents = slowly(site, 60)
@@ -215,9 +228,9 @@ def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes
     running: Any = None
     make = engine.ClusterRun
 
-    def kept(*arguments: Any) -> Any:
+    def kept(*arguments: Any, **options: Any) -> Any:
         nonlocal running
-        running = make(*arguments)
+        running = make(*arguments, **options)
         return running
 
     nodes.when_polled = interrupt
@@ -268,7 +281,9 @@ def test_limit_is_shared_by_the_workers(site: Site, nodes: Nodes) -> None:
     filled(site, 60)
     ended, stats = run(site, "--limit", "7", "--workers", "3")
     assert ended.code == 0, ended.err
-    assert stats["successful"] == site.results.count_documents({}) == 7
+    assert stats["successful"] == stats["total"] == site.results.count_documents({}) == 7
+    ended, stats = run(site, "--only", "new", "--workers", "2", BATCH_SIZE="5")
+    assert (ended.code, stats["total"], stats["successful"]) == (0, 53, 53), ended.err
 
 
 def test_node_with_another_taxonomy_is_refused(site: Site, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

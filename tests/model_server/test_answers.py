@@ -31,11 +31,11 @@ from model_server.protocol import (
     ChatReply,
     ChatTarget,
     build_chat_body,
-    build_load_body,
     parse_chat_response,
     parse_load_response,
     queue_wait_s,
 )
+from model_server.window import build_load_body
 
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 8192, "10m")
 GENERATE = replace(TARGET, protocol="ollama_generate", url="http://m:1/api/generate")

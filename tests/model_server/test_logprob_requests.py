@@ -15,8 +15,9 @@ import async_llm_wrapper
 import llm_wrapper
 from config import load_settings
 from error_handler import LLMRejectedError
+from model_server.chat import refuses_logprobs
 from model_server.models import chat_target
-from model_server.protocol import ChatTarget, build_chat_body, parse_chat_response, plan_fingerprint, refuses_logprobs
+from model_server.protocol import ChatTarget, build_chat_body, parse_chat_response, plan_fingerprint
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_ollama_client import chat, chat_body, post
 from tests.fakes.scripted_server import ScriptedServer, answer, chat_reply, scripted_server

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import student.audit
+from aggregator import aggregate_conversation
 from config.taxonomy import DEFAULT_TAXONOMY
+from student.audit_log import AuditLog
 from tests.student.student_site import ConsistentModel, by_student, conversation, fill
 from tests.worker.site import Site, check_directory, until
 
@@ -79,7 +81,7 @@ def test_student_saves_calls_and_its_results_name_it(school: School) -> None:
 
 @pytest.mark.usefixtures("audit_none")
 def test_only_student_lets_the_model_redo_them(school: School) -> None:
-    """``plan`` counts them; afterwards all results are the model's, also if STUDENT is set."""
+    """``plan`` and the dry run count them; afterwards all results are the model's, also if STUDENT is set."""
     site, model = school
     fill(site, NEW, 6)
     site.settings["STUDENT"] = "0.9"
@@ -87,6 +89,7 @@ def test_only_student_lets_the_model_redo_them(school: School) -> None:
     taken = by_student(site)
     assert taken
     assert json.loads(site.run("plan", "--json").out)["student"] == len(taken)
+    assert json.loads(site.run("--only", "student", "--dry-run").out)["to_classify"] == len(taken)
     model.asked.clear()
     assert site.run("--only", "student").code == 0
     assert sorted(model.asked) == taken
@@ -131,6 +134,19 @@ def test_drift_withdraws_the_student_for_good(school: School) -> None:
     assert by_student(site) == []
     assert audited(site) == seen
     assert "takes no more conversations" in site.run("student", "report").out
+
+
+def test_withdrawn_student_labels_no_identical_conversation(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers from before the drift are not copied: the model labels the rest of the run."""
+    site, model = school
+    model.has_drifted = True
+    fill(site, NEW, 20)
+    site.source.insert_one({**conversation(NEW), "_id": NEW + 500})
+    first = aggregate_conversation(conversation(NEW)).transcript_sha256
+    monkeypatch.setattr(AuditLog, "drawn", lambda _, key: None if key == first else 1.0)
+    ended = site.run(*PROMISE, "--max-concurrent", "1")
+    assert "has withdrawn" in ended.err
+    assert by_student(site) == [NEW]
 
 
 @pytest.mark.usefixtures("audit_all")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from batch_processor import BatchProcessor
 from config import load_settings
-from tests.worker.site import Site, conversation, filled, requests
+from error_handler import StoreUnavailableError
+from tests.worker.site import Site, conversation, filled, model_of, requests, until
+from worker.describe import DescriptionPass
+from worker.service_first import ServiceFirst
+
+
+def processor_of(site: Site, **settings: Any) -> BatchProcessor:
+    place = {"mongodb_uri": site.uri, "db_name": site.database.name, "batch_files_dir": site.directory}
+    model = {"ollama_endpoint": model_of(site).url, "ollama_model": "llama3.2", "max_concurrent": 2}
+    return BatchProcessor(load_settings(None, **{**place, **model, **settings}))
 
 
 def stored(site: Site) -> dict[Any, dict[str, Any]]:
@@ -73,16 +83,7 @@ def test_sentence_is_not_written_over_other_labels(site: Site) -> None:
     assert site.run("--reply", "list").code == 0
 
     async def describe() -> dict[str, Any]:
-        settings = load_settings(
-            None,
-            mongodb_uri=site.uri,
-            db_name=site.database.name,
-            batch_files_dir=site.directory,
-            ollama_endpoint=site.model.url if site.model else "",
-            ollama_model="llama3.2",
-            max_concurrent=2,
-        )
-        async with BatchProcessor(settings) as processor:
+        async with processor_of(site) as processor:
             assert processor._window is not None
             classify = processor._window.classify
 
@@ -97,6 +98,99 @@ def test_sentence_is_not_written_over_other_labels(site: Site) -> None:
     counts = asyncio.run(describe())
     assert (counts["described"], counts["left"]) == (0, 1)
     assert "categorization" not in stored(site)[0]["classification"]
+
+
+def test_describe_keeps_to_subset_and_limit(site: Site) -> None:
+    """As the run before it does."""
+    site.source.insert_many([conversation(number, channel=("phone", "email")[number % 2]) for number in range(8)])
+    emails = ("--filter", '{"channel": "email"}')
+    assert site.run("--reply", "list").code == 0
+    assert "3 results described" in site.run("--reply", "list", "--describe", *emails, "--limit", "3").out
+    assert "1 result described" in site.run("--reply", "list", "--describe", *emails).out
+    assert "2 results described" in site.run("--reply", "list", "--describe", "--limit", "2").out
+    assert requests(site) == 8 + 3 + 1 + 2
+    with_sentence = [key for key, result in stored(site).items() if "categorization" in result["classification"]]
+    assert sorted(with_sentence) == [0, 1, 2, 3, 5, 7]
+
+
+def test_interrupted_pass_after_reprocess_asks_for_no_label_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on with the sentences; a later one labels everything again."""
+    filled(site, 4)
+    command = ("--reply", "list", "--reprocess", "--describe", "--max-concurrent", "1")
+    describe_one = DescriptionPass._one
+
+    async def stopped(self: DescriptionPass, *pair: Any) -> None:
+        await describe_one(self, *pair)
+        self._stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DescriptionPass, "_one", stopped)
+        assert site.run(*command).code == 130
+    assert requests(site) == 5
+    assert "3 results described" in site.run(*command).out
+    assert requests(site) == 8
+    assert "4 results described" in site.run(*command).out
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_stop_ends_the_pass_in_time(site: Site, *, is_paused: bool) -> None:
+    """A call that hangs lasts no longer than the grace period; a paused worker makes none."""
+    filled(site, 2)
+    assert site.run("--reply", "list").code == 0
+    model_of(site).configure(faults=[{"kind": "hang"}])
+
+    async def describe() -> dict[str, Any]:
+        async with processor_of(site, shutdown_grace_s=0.1) as processor:
+            if is_paused:
+                assert processor._heartbeat is not None
+                processor._heartbeat.go.clear()
+            described = asyncio.create_task(processor.describe())
+            if not is_paused:
+                await asyncio.to_thread(until, lambda: requests(site) == 4)
+            asyncio.get_running_loop().call_later(0.05, processor.stop.set)
+            async with asyncio.timeout(10):
+                return await described
+
+    assert asyncio.run(describe()) == {"described": 0, "failed": 0, "left": 0, "reasons": {}, "interrupted": True}
+    assert requests(site) == (2 if is_paused else 4)
+
+
+def test_service_goes_before_the_pass(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its lease is held, WORKER_FLOOR calls go on."""
+
+    async def watch(_: ServiceFirst, on_change: Callable[[int | None], None]) -> None:
+        on_change(1)
+
+    filled(site, 6)
+    assert site.run("--reply", "list").code == 0
+    monkeypatch.setattr(ServiceFirst, "watch", watch)
+    model_of(site).renew()
+    model_of(site).configure(latency_s=0.02)
+    assert "6 results described" in site.run("--reply", "list", "--describe").out
+    assert model_of(site).stats()["max_in_flight"] == 1
+
+
+def test_outage_in_the_pass_does_not_end_a_continuous_worker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next pass describes the rest; --reprocess counts for the first pass only."""
+    filled(site, 2)
+    passes = 0
+    execute = DescriptionPass.execute
+
+    async def fail_once(self: DescriptionPass) -> dict[str, Any]:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            raise StoreUnavailableError("away")
+        counts = await execute(self)
+        self._stop.set()
+        return counts
+
+    monkeypatch.setattr(DescriptionPass, "execute", fail_once)
+    ended = site.run(*"--reply list --reprocess --describe --mode continuous --poll-interval 1".split())
+    assert ended.code == 130, ended.err
+    assert "this pass failed; waiting for the next one: away" in ended.err
+    assert all(result["classification"]["categorization"] for result in stored(site).values())
+    assert requests(site) == 4
 
 
 def test_describe_is_refused_for_a_taxonomy_without_sentence(site: Site, tmp_path: Any) -> None:

@@ -13,7 +13,20 @@ import pytest
 
 from embedded.mongod import EmbeddedMongod
 from tests.forked_process import Ended, ForkedProcess
-from tests.worker.site import ROOT, Document, Site, check_exactly_once, conversation, filled, model_of, open_site, until
+from tests.worker.site import (
+    ROOT,
+    Document,
+    Site,
+    check_exactly_once,
+    conversation,
+    filled,
+    model_of,
+    open_site,
+    requests,
+    until,
+)
+from utils.batch_file_manager import BatchFiles
+from utils.failed_documents import FailedDocument
 
 REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
 UNLABELLED: dict[str, Any] = {"kind": "wrong_label"}
@@ -318,3 +331,21 @@ def test_outage_of_mongodb(site: Site, tmp_path: Path) -> None:
         assert own.run("--retry-failed").code == 0
         check_agreement(own, retry=0, quarantine=0)
         assert own.results.count_documents({}) == 30
+
+
+def test_limit_counts_what_failed_before(site: Site) -> None:
+    """Of the quarantine, ``--retry-failed`` takes no more either."""
+    docs = filled(site, 8)
+    failed = [FailedDocument(one["_id"], "llm_failed", one, 0, "timeout", "late") for one in docs[:4]]
+    files = BatchFiles(site.directory)
+    files.save_failed("quarantine", 1, failed[:3])
+    files.save_failed("retry", 2, failed[3:])
+    site.source.update_many({"_id": {"$lt": 4}}, {"$set": {"status": "failed", "status_reason": "timeout"}})
+    ended = site.run("--limit", "2")
+    assert ended.code == 1
+    assert "completed: 2/2 done" in ended.err
+    assert requests(site) == 2
+    assert site.run("--retry-failed", "--limit", "2").code == 1
+    assert requests(site) == 4
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, docs)

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from embedded.mongod import EmbeddedMongod
 from error_handler import Reason
 from tests.fakes.fake_ollama import FakeOllama
+from tests.fakes.scripted_server import Handler, answer, reset, scripted_server
 from tests.service.service_process import conversation as request_body
 from tests.service.service_process import serve
 from tests.worker.site import (
@@ -292,3 +293,21 @@ def test_request_deadline_counts_as_timeout(model: FakeOllama, tmp_path: Path) -
         assert sorted(answer.status for answer in answers) == [200, 504]
         assert model.stats()["chat_requests"] == 2
         assert service.metric('triad_model_failures_total{reason="timeout"}') == 1
+
+
+def test_path_of_the_server_is_neither_logged_nor_stored(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    """The path of a gateway may be a key."""
+
+    def lose_chats(handler: Handler) -> None:
+        (reset if json.loads(handler.body).get("messages") else answer())(handler)
+
+    with scripted_server() as server, open_site(mongodb_uri, db_name, None, tmp_path) as site:
+        server.otherwise = lose_chats
+        site.source.insert_one(conversation(1))
+        ended = site.run("--logs", OLLAMA_ENDPOINT=f"{server.url}/team-key", LLM_MAX_ATTEMPTS="1")
+        assert ended.code == 1, ended.said
+        document = site.source.find_one()
+        assert document is not None
+        assert server.url in document["status_reason"]
+        said = [document["status_reason"], ended.said, *(path.read_text() for path in site.files("quarantine/*"))]
+        assert not [text for text in said if "team-key" in text]

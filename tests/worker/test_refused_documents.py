@@ -8,6 +8,8 @@ import bson
 import pytest
 from bson.raw_bson import RawBSONDocument
 
+from config import load_settings
+from mongo_client import DocumentStore
 from tests.cases import mostly_thorough
 from tests.worker.site import BROKEN, Site, conversation, filled, store_raw
 
@@ -128,3 +130,18 @@ def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     assert ended.err.count("so no query can name it") == 2
     assert "2 skipped" in ended.out
     assert site.results.count_documents({}) == 3
+
+
+async def test_one_unreadable_document_hides_none_of_those_asked_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read one by one then, and a page may end early. Who asks for documents takes one that is missing for deleted."""
+    monkeypatch.setattr("storage.mongo_pages.PAGE_BYTES", 1)
+    store_raw(site.source, {"_id": 0, "text": BROKEN})
+    filled(site, 3, first=1)
+    store = DocumentStore(load_settings(None, mongodb_uri=site.uri, db_name=site.database.name))
+    try:
+        assert [one["_id"] for one in await store.read_documents("all", [0, 1, 2, 3])] == [0, 1, 2, 3]
+        assert [one["_id"] for one in await store.read_page("all", [], [], 4)] == [0]
+    finally:
+        await store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections import Counter
@@ -183,6 +184,8 @@ def test_mixed_models_are_told_apart_in_the_results(site: Site, second: FakeOlla
     assert len(prints) == 30
     plan = site.run("plan", "--json", "--allow-mixed-models", **both(site, second))
     assert '"stale": 0' in plan.out, plan.out
+    plan = site.run("plan", "--json", "--allow-mixed-models", "--reply", "labels", **both(site, second))
+    assert '"style": 30' in plan.out, plan.out
 
 
 @pytest.mark.thorough
@@ -290,14 +293,44 @@ def test_style_is_measured_with_a_server_that_answers(site: Site, second: FakeOl
     assert "3 conversations are too few to compare styles" in ended.err
 
 
+async def load(num_ctx: int, *servers: FakeOllama) -> None:
+    """Load the model on *servers* as another program does."""
+    async with open_session(2) as session:
+        for one in servers:
+            settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=one.url)
+            client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+            await client.warm_up(choose_window(None, None, num_ctx), print)
+
+
+def test_server_keeps_a_larger_window_of_another_program(site: Site, second: FakeOllama) -> None:
+    """The service has loaded the model on one of two servers."""
+    asyncio.run(load(8192, second))
+    documents = filled(site, 12)
+    ended = site.run(**both(site, second))
+    assert ended.code == 0, ended.said
+    check_exactly_once(site, documents)
+    assert {record["options"]["num_ctx"] for record in second.requests()} == {8192}
+    assert second.stats()["reloads"] == 0
+
+
+async def test_server_comes_back_with_less_than_another_worker_asks_for(site: Site, second: FakeOllama) -> None:
+    """No server gives the window that was adopted, so it must not be required."""
+    for one in (model_of(site), second):
+        one.configure(most_ctx=5000)
+    settings = load_settings(None, ollama_endpoint=both(site, second)["OLLAMA_ENDPOINT"], ollama_model="llama3.2")
+    async with open_pool(settings, 1) as pool:
+        await pool.prepare()
+        await pool.warm_up(choose_window([3000], None), print)
+        pool.adopt(16_384)
+        pool.servers[1].client.breaker.open("the connection was reset")
+        assert await pool._takes_calls(pool.servers[1]), pool.states()
+        assert pool.servers[1].client.target.num_ctx == 5000
+
+
 async def test_stream_reports_its_servers_and_keeps_their_windows(site: Site, second: FakeOllama) -> None:
     """It has found no documents at its start, so it uses the window that is loaded."""
     servers = both(site, second)["OLLAMA_ENDPOINT"]
-    async with open_session(2) as session:
-        for one in (model_of(site), second):
-            settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=one.url)
-            client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
-            await client.warm_up(choose_window(None, None, 4096), print)
+    await load(4096, model_of(site), second)
     async with following(site, ollama_endpoint=servers) as stats:
         documents = filled(site, 12)
         await until_async(lambda: site.results.count_documents({}) == 12)

@@ -342,6 +342,19 @@ def test_lines_are_written_when_documents_are_done_and_only_then(capsys: pytest.
     assert "1 conversation done; since the start 0 ok, 0 failed, 1 skipped" in capsys.readouterr().err
 
 
+def test_failed_documents_are_retried_in_the_first_pass_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage begins another pass, which must not move the quarantine back again."""
+    later: list[RunOptions | None] = []
+
+    async def follow(_processor: Any, _report: Any, after: RunOptions | None, _sweep_every_s: float) -> int:
+        later.append(after)
+        return 0
+
+    monkeypatch.setattr("commands.stream.follow", follow)
+    assert site.run("--mode", "stream", "--retry-failed").code == 0
+    assert [options and options.retry_failed for options in later] == [False]
+
+
 @pytest.mark.parametrize("flags", [("--limit", "3"), ("--only", "stale"), ("--reprocess",), ("--describe",)])
 def test_flags_that_select_documents_are_refused(site: Site, flags: tuple[str, ...]) -> None:
     ended = site.run("--mode", "stream", *flags)

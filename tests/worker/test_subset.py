@@ -85,6 +85,23 @@ def test_retry_files_outside_the_subset_are_left_alone(site: Site) -> None:
     check_results(site, [*emails, *calls])
 
 
+def test_quarantine_outside_the_subset_is_left_alone(site: Site) -> None:
+    """``--retry-failed`` asks only about the quarantined documents of the part."""
+    emails, calls = by_channel(site, 2)
+    failures = [FailedDocument(one["_id"], "llm_failed", one, 0, "timeout", "late") for one in (*emails, *calls)]
+    BatchFiles(site.directory).save_failed("quarantine", 1, failures)
+    site.source.update_many({}, {"$set": {"status": "failed", "status_reason": "timeout"}})
+    assert site.run(*EMAIL, "--retry-failed").code == 1  # the other one is still in quarantine
+    assert [entry["conversation_id"] for entry in site.entries("quarantine")] == [0]
+    check_results(site, emails)
+    # A failure of another directory is told, although as many documents outside the part are in quarantine here.
+    site.source.update_one({"_id": 1}, {"$set": {"status": "failed", "status_reason": "timeout"}})
+    for flags in (("--dry-run",), ("--output", "report.json")):
+        ended = site.run(*EMAIL, *flags)
+        report = ended.out if flags == ("--dry-run",) else (site.folder / "report.json").read_text()
+        assert json.loads(report)["not_selected"]["failed"] == 1
+
+
 @pytest.mark.parametrize(
     ("given", "wrong"),
     [

@@ -36,7 +36,7 @@ from tests.worker.site import (
 )
 from utils.batch_file_manager import BatchFiles
 from utils.failed_documents import FailedDocument
-from worker.checkpoint import Checkpoint
+from worker.checkpoint import Checkpoint, RunStats
 from worker.intake import DocumentIntake, RunOptions, RunParts
 from worker.settlement import Settlement
 from worker.staleness import StalenessChecker
@@ -53,7 +53,8 @@ class Lane(UrgentLane):
         options = SimpleNamespace(most_in_flight=CONCURRENCY, batch_size=100)
         self.entries: asyncio.Queue[Any] = asyncio.Queue()
         parts = cast("Any", SimpleNamespace(settings=options))
-        super().__init__(parts, cast("Any", None), cast("Any", SimpleNamespace(admit=lambda _: None)), self.entries)
+        settlement = SimpleNamespace(admit=lambda _: None, stats=RunStats())
+        super().__init__(parts, cast("Any", None), cast("Any", settlement), self.entries)
 
     def urgent(self, *priorities: float) -> None:
         """Add a document for each of *priorities*."""
@@ -107,7 +108,7 @@ def test_document_of_the_queue_that_turns_out_urgent_is_put_first() -> None:
         entry.key = entry.priority.encode()
     lane._promote({b"c": 2.0, b"elsewhere": 1.0})
     assert lane.taken_in_order(3) == ["c", "a", "b"]
-    assert (lane.waiting, lane.taken, lane.entries.empty()) == (0, 1, True)
+    assert (lane.waiting, lane._settlement.stats.urgent, lane.entries.empty()) == (0, 1, True)
 
 
 def asked(site: Site, documents: Iterable[Document]) -> list[int]:
