@@ -290,9 +290,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     _require_flags_of_mode(arguments, settings.mode)
     if arguments.embedded_student and not arguments.embedded:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
-    of_all_results = "--only facts" if arguments.only == "facts" else "--describe" if arguments.describe else ""
-    if of_all_results and subset_of(arguments, settings).name:
-        raise ConfigurationError(f"{of_all_results} takes all results; leave out --filter, --since and --until.")
+    if subset_of(arguments, settings).name and arguments.only == "facts":
+        raise ConfigurationError("--only facts fills all results; leave out --filter, --since and --until.")
     _check_engine(arguments, settings)
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):

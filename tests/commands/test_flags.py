@@ -144,8 +144,6 @@ def test_invalid_flag_is_one_usage_error(argv: list[str], sentence: str, capsys:
         (["--mode", "scheduled"], "--schedule"),
         (["--schedule", "0 2 * * *"], "--mode scheduled"),
         (["--mode", "scheduled", "--schedule", "every day"], "--schedule 'every day' is not a cron expression"),
-        (["--only", "facts", "--since", "2026-11-20"], "--only facts takes all results; leave out --filter"),
-        (["--describe", "--filter", '{"channel": "email"}'], "--describe takes all results; leave out --filter"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
