@@ -121,9 +121,10 @@ class ClusterWorker:
         raise DirectoryLockedError(f"All {WORKERS_ON_A_NODE} directories for workers in {job.directory} are in use.")
 
     async def _passes_of(self, processor: BatchProcessor, job: Job) -> Ended:
-        options = job.options
+        options, held_back_s = job.options, 0.0
         while True:
             stats = await processor.run(options)
+            held_back_s += stats["held_back_s"]
             if stats["interrupted"] or options.limit is not None or not stats["leased_elsewhere"]:
                 break
             options = replace(options, retry_failed=False)
@@ -134,7 +135,7 @@ class ClusterWorker:
             stats["in_retry_queue"],
             stats["in_quarantine"],
             interrupted=stats["interrupted"],
-            held_back_s=stats["held_back_s"],
+            held_back_s=held_back_s,
             exit_code=ExitCode.INCOMPLETE
             if stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"]
             else ExitCode.DONE,

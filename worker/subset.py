@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from error_handler import ConfigurationError, StoreRejectedError
@@ -29,6 +30,10 @@ async def in_subset(store: DocumentStore, document_ids: list[Any]) -> set[bytes]
 
 async def quarantined(store: DocumentStore, files: BatchFiles, *, is_part: bool, limit: int | None) -> set[bytes]:
     """Return the ``id_key`` of up to *limit* documents in the quarantine of *files*; if *is_part*, those of ``in_subset``."""
-    found = {entry.key: entry.conversation_id for _, entries in files.failure_files("quarantine") for entry in entries}
+    found = await asyncio.to_thread(_quarantined_ids, files)
     chosen = await in_subset(store, list(found.values())) if is_part else found.keys()
     return set([key for key in found if key in chosen][:limit])
+
+
+def _quarantined_ids(files: BatchFiles) -> dict[bytes, Any]:
+    return {entry.key: entry.conversation_id for _, entries in files.failure_files("quarantine") for entry in entries}

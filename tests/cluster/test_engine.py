@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +19,7 @@ from tests.worker.site import Document, Site, check_exactly_once, check_results,
 from tests.worker.site import Ended as Run
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
+from worker.intake import RunOptions
 
 
 @dataclass
@@ -275,6 +276,24 @@ def test_error_of_all_workers_is_printed_once(site: Site, nodes: Nodes) -> None:
     assert ended.code == 2
     assert ended.err.count("not-there") == 1
     assert "worker 1, 2: " in ended.err
+
+
+async def test_time_held_back_is_the_sum_of_all_passes() -> None:
+    """A worker that waits for the documents of another one makes several."""
+    passes = [{"leased_elsewhere": 1, "held_back_s": 2.0}, {"leased_elsewhere": 0, "held_back_s": 3.0}]
+    same = {"interrupted": False, "failed": 0, "in_retry_queue": 0, "in_quarantine": 0}
+
+    class Processor:
+        stop = asyncio.Event()
+
+        async def run(self, _options: RunOptions) -> dict[str, Any]:
+            return same | passes.pop(0)
+
+    Processor.stop.set()  # no wait between the two
+    ended = await ClusterWorker("node")._passes_of(
+        cast("Any", Processor()), cast("Any", Job(None, RunOptions(), None, ""))
+    )
+    assert ended.held_back_s == 5.0
 
 
 def test_limit_is_shared_by_the_workers(site: Site, nodes: Nodes) -> None:
