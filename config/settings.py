@@ -49,9 +49,30 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 }
 
 # Names that MongoDB and its driver accept.
-CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
-DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
-FieldPath = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*$")]
+CollectionName = Annotated[
+    str,
+    Field(max_length=120),
+    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be the name of a collection, without $ and without a dot at an end"),
+]
+DatabaseName = Annotated[
+    str,
+    Field(max_length=63),
+    shaped(r'[^/\\. "$*<>:|?\x00]+', 'must be the name of a database, without spaces and / \\ . " $ * < > : | ?'),
+]
+FieldPath = Annotated[
+    str,
+    Field(max_length=120),
+    shaped(
+        r"[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*",
+        "must be the name of a field, such as created_at or ticket.opened_at",
+    ),
+]
+KeepAlive = Annotated[
+    str,
+    shaped(
+        r"-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)", "must be a time such as 10m or 1h, or -1 to keep the model loaded"
+    ),
+]
 MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
 
 
@@ -124,7 +145,7 @@ class Settings(PartSettings):
     ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
     llm_load_timeout_s: float = Field(600.0, gt=0, le=7200)
-    ollama_keep_alive: str = Field("10m", pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$")
+    ollama_keep_alive: KeepAlive = "10m"
     llm_api_url: ChatAddress | None = None
     llm_model: str | None = None
     llm_api_key: HeaderSecret | None = None
