@@ -144,7 +144,9 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         print("Preview:" if first else "There is no conversation in the file.")
         print(*(line for document in first[:2] for line in preview_lines(document)), sep="\n")
     done = f"{_outcome(read, new, growth, arguments.update)}, in {settings.db_name}.{settings.source_collection}."
-    print(f"Read {read} documents: {'nothing is written (--dry-run).' if arguments.dry_run else done}")
+    print(
+        f"Read {read} document{'s' * (read != 1)}: {'nothing is written (--dry-run).' if arguments.dry_run else done}"
+    )
     for line in export.findings.note_lines() if export else ():
         console.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
     notes.show(console)

@@ -72,15 +72,17 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
     directory = settings.batch_files_dir
     if not directory.is_dir():
         return
-    paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
-    open_paths = [path for path in paths if path.stat().st_mode & 0o077]
+    # A checkout has the directory itself, and an empty file in it, with the usual rights.
+    paths = [path for path in directory.rglob("*") if not path.is_symlink()]
+    states = [path.stat() for path in paths if path.is_dir() or path.stat().st_size]
+    open_paths = [state for state in states if state.st_mode & 0o077]
     if open_paths:
         sentence = (
             f"Other users can access {counted(len(open_paths), 'path')} in {directory}, which holds customer text."
         )
         yield warning(sentence, f"chmod -R go-rwx {directory}", paths=len(open_paths))
     else:
-        yield ok(f"Only this user can read {directory} (directories 0700, files 0600).")
+        yield ok(f"Only this user can read what is in {directory} (directories 0700, files 0600).")
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:
