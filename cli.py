@@ -8,6 +8,10 @@ if __name__ == "__main__":
     # Imported modules are never garbage: collections between imports take a sixth of the CPU of a start.
     gc.disable()  # until tune_garbage_collection
 
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import asyncio
 import contextlib

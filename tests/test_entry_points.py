@@ -35,6 +35,19 @@ def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
     assert (forked.returncode, forked.stdout, forked.stderr) == (0, done.stdout, "")
 
 
+@pytest.mark.parametrize("file", mostly_thorough([file for file in FILES if file.parts[0] != "benchmarks"], 2), ids=str)
+def test_program_without_its_packages_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
+    """The system's Python has none; -S leaves out those of this one."""
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / file, "--help"],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{file.name}: {sys.executable} lacks the packages of requirements.txt: ")
+    assert ". .venv/bin/activate" in line
+
+
 @pytest.mark.parametrize(
     ("program", "code"),
     mostly_thorough(
