@@ -284,7 +284,7 @@ def test_missing_package_is_named_with_its_file(
 def test_no_matching_result_leaves_a_header_and_exit_code_1(place: Site) -> None:
     ended = export(place, "out.csv")
     assert ended.code == 1
-    assert f"sentimental_analysis has no results in {place.database.name}" in ended.err
+    assert f"export: {place.database.name}.sentimental_analysis has no results." in ended.err
     place.results.insert_one(result(0))
     ended = export(place, "out.csv", "--model", "other")
     assert ended.code == 1
