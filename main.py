@@ -134,7 +134,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.exit_code
     application = create_app((settings, service_settings))
     sys.stderr.write(f"{_dashboard_address(service_settings)}\n")
-    uvicorn.run(application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False)
+    try:
+        uvicorn.run(
+            application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False
+        )
+    except SystemExit:  # it has logged why it cannot start
+        sys.stderr.write(
+            "main.py: The service cannot start; the error above says why. If its address is in use, choose another --port.\n"
+        )
+        return ExitCode.CONFIGURATION
     return ExitCode.DONE
 
 

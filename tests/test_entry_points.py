@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,13 @@ def test_program_without_its_packages_ends_with_one_sentence(file: Path, tmp_pat
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{file.name}: {sys.executable} lacks the packages of requirements.txt: ")
     assert ". .venv/bin/activate" in line
+
+
+def test_service_on_a_port_in_use_names_the_flag(tmp_path: Path) -> None:
+    """uvicorn's own exit code 3 means something else here."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_forked([ROOT / "main.py", "--port", str(taken.getsockname()[1])], clean_environment(), tmp_path)
+    assert (done.returncode, "choose another --port.\n" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
