@@ -87,7 +87,7 @@ def _with_chat_path(address: str) -> str:
 ChatAddress = Annotated[
     HttpAddress,
     AfterValidator(_with_chat_path),
-    shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + ", ".join(PROTOCOL_PATHS)),
+    shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + " or ".join(PROTOCOL_PATHS)),
 ]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda name: str(name).upper())]
 
