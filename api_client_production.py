@@ -6,6 +6,11 @@ JSON array holds all answers.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import asyncio
 import hashlib

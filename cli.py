@@ -8,6 +8,10 @@ if __name__ == "__main__":
     # Imported modules are never garbage: collections between imports take a sixth of the CPU of a start.
     gc.disable()  # until tune_garbage_collection
 
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import asyncio
 import contextlib
@@ -86,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = (
         flags.create_command_parser(command) if command else flags.create_parser(load_command(name) for name in shown)
     )
+    if given and not command and not given[0].startswith("-"):
+        why = "without a command, cli.py runs the worker."
+        parser.error(f"unknown command {given[0]!r}; {why}{flags.closest(given[0], COMMANDS)}".removesuffix("."))
     # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     tune_garbage_collection()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import gc
 import sys
@@ -137,9 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False
         )
     except SystemExit:  # uvicorn's own code of a failed start means another thing to a service manager
-        if application.problem is None:
-            raise
-        return application.problem.exit_code
+        if application.problem is not None:
+            return application.problem.exit_code
+        sys.stderr.write(
+            "main.py: The service cannot start; the error above says why. If its address is in use, choose another --port.\n"
+        )
+        return ExitCode.CONFIGURATION
     return ExitCode.DONE
 
 

@@ -25,7 +25,7 @@ from config.taxonomy import TRIAD
 from domain.conversation import source_paths
 from error_handler import StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document, bson_encode, drop_attachments, id_key, is_doubtful
-from storage.mongo_connection import close_client, identity, open_client
+from storage.mongo_connection import CONNECT_S, close_client, hosts_of, identity, open_client, run_command
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
 from storage.mongo_pages import (
@@ -80,6 +80,8 @@ class DocumentStore:
     ) -> None:
         self._opened_here = client is None
         self._client = client or open_client(settings)
+        self._hosts = hosts_of(settings.mongodb_uri.get_secret_value())
+        self._connect_s = min(settings.mongodb_timeout_ms / 1000, CONNECT_S)
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
         self._worker_id = worker_id
         self._lease = timedelta(seconds=settings.lease_s)
@@ -96,14 +98,13 @@ class DocumentStore:
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)
-        results = settings.results_collection
+        self.results_name = results = settings.results_collection
         self._results = database.get_collection(results, codec_options=options, write_concern=DURABLE)
-        self.results_name = results
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
         """Connect to the server and read its clock, which decides when leases expire."""
-        hello = await self._command("connect", self._client.admin, {"hello": 1})
+        hello = await self._command(f"connect to {self._hosts}", self._client.admin, {"hello": 1})
         server_time = hello.get("localTime")
         if isinstance(server_time, datetime):
             self._clock_offset = server_time.replace(tzinfo=UTC) - datetime.now(UTC)
@@ -342,10 +343,7 @@ class DocumentStore:
 
     async def _command(self, what: str, database: Any, command: Document) -> Document:
         """Return the reply to *command*; empty from mongomock, which has no commands."""
-        try:
-            return await self._call(what, lambda: database.command(command))
-        except NotImplementedError:
-            return {}
+        return await self._call(what, lambda: run_command(database, command, self._connect_s))
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         return await call_repeatedly(what, operation, self._policy)

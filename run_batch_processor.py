@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import sys
 
 import cli

@@ -37,6 +37,9 @@ async def dry_run(arguments: argparse.Namespace, settings: Settings, options: Ru
     report["not_selected"] = None if left_out is None else asdict(left_out)
     for problem in left_out.problems(settings.results_collection) if left_out else ():
         tell_line(" ".join(problem))
+    queued = len(failed_keys(settings.batch_files_dir))
+    if left_out and not report["selected"] and (hint := left_out.hint_if_none(settings, queued)):
+        tell_line(hint)
     text = json.dumps(report, indent=2)
     if arguments.output:
         replace_file(arguments.output, text.encode())

@@ -199,8 +199,12 @@ class Export:
         sources = ", ".join(f"{count:,} {name}" for name, count in self._sources.most_common())
         tell_line(f"export: {counted(self.written, 'result')} written to {place}{f' ({sources})' if sources else ''}.")
         if not self.written:
-            what = "no result matches the filters" if self._about else f"{settings.results_collection} has no results"
-            tell_line(f"export: {what} in {settings.db_name}.{settings.results_collection}.")
+            results = f"{settings.db_name}.{settings.results_collection}"
+            tell_line(
+                f"export: no result matches the filters in {results}."
+                if self._about
+                else f"export: {results} has no results."
+            )
         for note in (*self._notes, *self._left_out(settings)):
             tell_line(f"export: {note}")
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_settings
 from domain.conversation import PROCESSOR_VERSION
-from error_handler import ConfigurationError
+from error_handler import ConfigurationError, ExitCode
 from utils.process import number_between
 from worker.staleness import SELECTABLE
 
@@ -48,9 +48,27 @@ class Command:
     run: Callable[[argparse.Namespace, Settings], Coroutine[Any, Any, int]]
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser that answers a wrong flag with one line and the closest flag, instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = "" if unknown == message else closest(unknown.split()[0].partition("=")[0], self._option_string_actions)
+        end = "" if message.endswith("?") else "."
+        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: {message}{end}{hint} {self.prog} --help lists the flags.\n")
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return the question whether *word* stands for the most similar one of *words*; empty if none is similar."""
+    import difflib  # noqa: PLC0415 - only for an error
+
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def create_command_parser(command: Command) -> argparse.ArgumentParser:
     """Return the parser of ``cli.py NAME``."""
-    parser = argparse.ArgumentParser(prog=f"cli.py {command.name}", description=command.summary, allow_abbrev=False)
+    parser = Parser(prog=f"cli.py {command.name}", description=command.summary, allow_abbrev=False)
     add_place_flags(parser.add_argument_group("documents"))
     add_log_flags(parser.add_argument_group("output"))
     command.add_flags(parser)
@@ -123,7 +141,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
 
     A flag that is not given is None, so that the environment decides.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cli.py",
         description="Label support conversations in MongoDB with intent, topic and sentiment,\nusing a local language model.",
         epilog="subcommands, each with its own --help:\n"

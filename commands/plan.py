@@ -15,7 +15,7 @@ from commands.flags import Command, add_model_flags
 from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings
 from domain.text import counted
-from error_handler import ConfigurationError, ExitCode
+from error_handler import ConfigurationError, ExitCode, LLMUnavailableError
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import Document
@@ -60,6 +60,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+async def _plan(settings: Settings) -> Plan:
+    try:
+        return await ask_plan(settings)
+    except LLMUnavailableError as exc:
+        raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
+
+
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.offline and arguments.ids in OFFLINE_KINDS[:-1]:
         raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
@@ -67,7 +74,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         await store.check()
         await require_query(store, store.states.subset, "--filter")
-        plan = None if arguments.offline else await ask_plan(settings)
+        plan = None if arguments.offline else await _plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan)
         total, shown_s = await count_in_time(store.count("all"), tell_line), time.monotonic()
         counts: Counter[str] = Counter()

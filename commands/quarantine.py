@@ -31,7 +31,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         choices=["list", "show", "replay", "drop"],
         help="list the documents; show one with its text; replay: retry in the next run; drop: remove from quarantine",
     )
-    parser.add_argument("ids", nargs="*", metavar="ID", help="document ids, as list shows them or as Extended JSON")
+    parser.add_argument(
+        "ids", nargs="*", default=[], metavar="ID", help="document ids, as list shows them or as Extended JSON"
+    )
     which = parser.add_argument_group("selection")
     which.add_argument(
         "--reason",

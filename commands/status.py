@@ -76,7 +76,7 @@ def _as_text(workers: list[dict[str, Any]], settings: Settings) -> str:
     for worker in active:
         lines += _lost_lines(worker) if worker["state"] == "lost" else _running_lines(worker)
     if ended:
-        lines.append(f"last {counted(len(ended), 'run')} that ended:")
+        lines.append("last run that ended:" if len(ended) == 1 else f"last {len(ended)} runs that ended:")
         lines += (_line(worker, f"{_counts(worker)}, ran for {duration(worker.get('ran_s'))}") for worker in ended)
     return "\n".join(lines)
 

@@ -24,6 +24,11 @@ BAR_WIDTH = 28
 def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> None:
     """Print the counts of one run, the reasons of failed, skipped and unselected documents, and the state of the queues."""
     if not stats["documents_processed"] and not stats["already_done"] and not stats["leased_elsewhere"]:
+        left = stats.get("not_selected")
+        queued = stats["in_retry_queue"] + stats["in_quarantine"]
+        if left is not None and (hint := LeftOut(**left).hint_if_none(settings, queued)):
+            console.print(f"[bold]Nothing to do.[/] {escape(hint)}")
+            return
         console.print(
             "[bold red]No document could be selected:[/] there are documents, and none is pending or has a result here."
             if is_fruitless(stats)

@@ -173,7 +173,7 @@ def load_part(settings: type[S], dotenv: Path | None = DOTENV, **arguments: Any)
     except ValidationError as exc:
         problems = []
         for error in exc.errors(include_input=False, include_url=False):
-            if error["type"] == "default_factory_not_called":  # of MONGODB_DB, if MONGODB_URI is wrong
+            if error["type"] == "default_factory_not_called":  # it follows from the problem of another setting
                 continue
             name = variables_of(settings, fields[str(error["loc"][0])])[0]
             problems.append(f"{name}: {error['msg'].removeprefix('Value error, ')}")

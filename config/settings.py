@@ -52,10 +52,12 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 CollectionName = Annotated[
     str,
     Field(max_length=120),
-    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be a name without $, such as conversation_set or shop.tickets"),
+    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be the name of a collection, without $ and without a dot at an end"),
 ]
 DatabaseName = Annotated[
-    str, Field(max_length=63), shaped(r'[^/\\. "$*<>:|?\x00]+', 'must be a name without spaces and /\\."$*<>:|?')
+    str,
+    Field(max_length=63),
+    shaped(r'[^/\\. "$*<>:|?\x00]+', 'must be the name of a database, without spaces and / \\ . " $ * < > : | ?'),
 ]
 FieldPath = Annotated[
     str,
@@ -80,7 +82,7 @@ def _with_chat_path(address: str) -> str:
 ChatAddress = Annotated[
     HttpAddress,
     AfterValidator(_with_chat_path),
-    shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + ", ".join(PROTOCOL_PATHS)),
+    shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + " or ".join(PROTOCOL_PATHS)),
 ]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda name: str(name).upper())]
 

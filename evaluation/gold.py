@@ -80,7 +80,11 @@ def read_gold_file(path: Path, spelling: Spelling) -> Gold:
     gold = Gold(str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{path} cannot be read ({exc.strerror}); --gold requires a JSONL or CSV file."
+        ) from exc
+    except UnicodeDecodeError as exc:
         raise ConfigurationError(f"{path} cannot be read as UTF-8; --gold requires a JSONL or CSV file.") from exc
     rows = _csv_rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(text)
     for line, document in rows:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pymongo import AsyncMongoClient
+from pymongo import AsyncMongoClient, timeout
 from pymongo.errors import PyMongoError
 
 from config import Settings
@@ -21,7 +21,7 @@ from storage.files import UNKNOWN_UUID
 
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
 CLOSE_WAIT_S = 2.0  # for the driver to end its connections
-SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
+CONNECT_S = 10.0  # short, to report a wrong address soon; three attempts cover half a minute
 
 EXPECTED = "MONGODB_URI is not a usable address; expected mongodb://host:27017."
 ESCAPE = (
@@ -32,6 +32,10 @@ PLACEHOLDER = "MONGODB_URI still has a placeholder such as <password>; replace i
 SRV = (
     "MONGODB_URI starts with mongodb+srv://, which takes one host name and no port; remove the port, or use mongodb://."
 )
+
+MASK = "***"
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
+_HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 
 # Options of other drivers and older versions, by what does the same here; None: nothing is needed instead.
 _REPLACED: dict[str, str | None] = {
@@ -62,7 +66,6 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
                 uri,
                 maxPoolSize=MAX_POOL_SIZE,
                 minPoolSize=MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
                 timeoutMS=settings.mongodb_timeout_ms,
                 appname="customer-support-triad",
                 # One odd document must not end a run: dates after the year 9999, strings that are not UTF-8.
@@ -71,6 +74,30 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
             )
     except (PyMongoError, ValueError, OSError, UserWarning) as exc:
         raise ConfigurationError(address_problem(uri, exc)) from exc
+
+
+async def run_command(database: Any, command: Document, limit_s: float) -> Document:
+    """Return the reply of *database* to *command* within *limit_s*; empty from mongomock, which has no commands.
+
+    With timeoutMS, PyMongo looks for a server until that time is over: it ignores serverSelectionTimeoutMS.
+    """
+    try:
+        with timeout(limit_s):
+            reply: Document = await database.command(command)
+    except NotImplementedError:
+        return {}
+    return reply
+
+
+def hosts_of(uri: str) -> str:
+    """Return the hosts of the MongoDB address *uri*, without user and password; masked if they cannot be determined.
+
+    An ``@`` after the first slash may belong to an unescaped password, whose end cannot be found.
+    """
+    authority, *rest = re.split("[/?#]", uri.partition("://")[2], maxsplit=1)
+    hosts = authority.rpartition("@")[2]
+    is_sure = not any("@" in part for part in rest) and _HOSTS.fullmatch(hosts)
+    return hosts if is_sure else MASK
 
 
 async def close_client(client: Any) -> None:

@@ -46,10 +46,10 @@ NAME_UNKNOWN = re.compile(
 NO_CONNECTION = re.compile(
     "Connection refused|Connect call failed|No such file or directory|Network is unreachable|No route to host"
 )
-NO_ANSWER = "check that it runs and MONGODB_URI, and raise MONGODB_TIMEOUT_MS if it is only slow"
+NO_ANSWER = "check that it runs, check MONGODB_URI, and raise MONGODB_TIMEOUT_MS if it is only slow"
 # Why no server can be used, by what the driver's message contains. The first that fits counts.
 _CONNECTION_PROBLEMS = (
-    (NO_CONNECTION, "nothing listens there; check that it runs and MONGODB_URI"),
+    (NO_CONNECTION, "nothing listens there; start it, or correct MONGODB_URI"),
     (
         NAME_UNKNOWN,
         "its host name cannot be resolved; check MONGODB_URI and DNS (if a replica set announces that name, add "

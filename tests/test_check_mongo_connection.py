@@ -57,7 +57,7 @@ def test_unreachable_server_ends_the_diagnosis_with_a_remedy(host: str, remedy: 
     done = run(f"mongodb://user:secret@{host}/", timeout_ms=300)
     assert done.returncode == 3
     error, shown, summary = done.stdout.splitlines()
-    assert error.startswith(f"error    MongoDB at {host}: MongoDB does not answer")
+    assert error.startswith(f"error    MongoDB does not answer (connect to {host}): ")
     assert remedy in shown
     assert summary == "Errors: 1, warnings: 0."
     assert "secret" not in done.stdout + done.stderr

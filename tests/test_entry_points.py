@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,26 @@ def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("usage: ")
     forked = run_forked(command, clean_environment(), tmp_path)
     assert (forked.returncode, forked.stdout, forked.stderr) == (0, done.stdout, "")
+
+
+@pytest.mark.parametrize("file", mostly_thorough([file for file in FILES if file.parts[0] != "benchmarks"], 2), ids=str)
+def test_program_without_its_packages_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
+    """The system's Python has none; -S leaves out those of this one."""
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / file, "--help"],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{file.name}: {sys.executable} lacks the packages of requirements.txt: ")
+    assert ". .venv/bin/activate" in line
+
+
+def test_service_on_a_port_in_use_names_the_flag(tmp_path: Path) -> None:
+    """uvicorn's own exit code 3 means something else here."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_forked([ROOT / "main.py", "--port", str(taken.getsockname()[1])], clean_environment(), tmp_path)
+    assert (done.returncode, "choose another --port.\n" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

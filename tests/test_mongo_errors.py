@@ -139,11 +139,20 @@ async def test_unreachable_server_is_tried_as_often_as_set(caplog: pytest.LogCap
     # Not a port that is closed: PyMongo's monitor, cancelled while it connects, would leave a socket open.
     uri = "mongodb://user:hunter2@%2Fno-such-folder%2Fmongod.sock/"
     async with open_store(uri, "x", mongodb_timeout_ms=100, mongodb_max_retries=2) as store:
-        with pytest.raises(StoreUnavailableError, match="check that it runs and MONGODB_URI") as caught:
+        with pytest.raises(StoreUnavailableError, match="start it, or correct MONGODB_URI") as caught:
             await store.check()
     assert caplog.text.count("attempt 1 failed") == 1
     assert "attempt 2 failed" not in caplog.text
     assert "hunter2" not in str(caught.value)
+
+
+async def test_search_for_a_server_ends_before_the_time_limit_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyMongo ignores serverSelectionTimeoutMS beside timeoutMS, so a wrong address would take a minute to be reported."""
+    monkeypatch.setattr("mongo_client.CONNECT_S", 0.05)
+    uri = "mongodb://user:hunter2@%2Fno-such-folder%2Fmongod.sock/"
+    async with asyncio.timeout(10), open_store(uri, "x", mongodb_timeout_ms=60_000, mongodb_max_retries=1) as store:
+        with pytest.raises(StoreUnavailableError):
+            await store.check()
 
 
 async def test_a_client_that_was_handed_in_stays_open(mongodb_uri: str, db_name: str) -> None:

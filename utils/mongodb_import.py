@@ -13,6 +13,11 @@ if not __package__:  # started as a file: modules in this folder must not hide p
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import asyncio
 import hashlib

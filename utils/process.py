@@ -80,7 +80,9 @@ def stop_on_signals(stop: asyncio.Event | threading.Event, is_running: Callable[
 
 
 def print_error(program: str, sentence: str, *, verbose: bool) -> None:
-    """Write *sentence* to stderr; *verbose* adds the traceback of the current exception."""
+    """Write *sentence* to stderr, with the pip of this Python; *verbose* adds the traceback of the current exception."""
+    # The pip on the PATH may belong to another Python.
+    sentence = sentence.replace("pip install", f"{sys.executable} -m pip install")
     sys.stderr.write(f"{program}: {sentence}\n")
     if verbose:
         traceback.print_exc()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from config import Settings
 from domain.text import counted, one_line
 from error_handler import StoreUnavailableError
 from mongo_client import DocumentStore
@@ -50,6 +51,15 @@ class LeftOut:
     def is_all(self) -> bool:
         """True if there are documents, and none of them can be selected or has a result here."""
         return not self.done and any((self.foreign, self.elsewhere, self.failed, self.skipped))
+
+    def hint_if_none(self, settings: Settings, queued: int) -> str | None:
+        """Return what to do if a run that has selected nothing left out nothing, *queued* documents included; else None."""
+        if queued or self != LeftOut():
+            return None
+        return (
+            f"No documents found in {settings.db_name}.{settings.source_collection}: correct --db-name, --source-collection or "
+            "--filter, or import conversations with python -m utils.mongodb_import."
+        )
 
     def problems(self, results: str) -> list[tuple[str, str]]:
         """Return a sentence and its remedy for each kind; *results* is the name of the results collection."""

@@ -13,7 +13,7 @@ from aggregator import TEXT_FIELDS, entry_text
 from classifier import Classifier, ModelClient
 from config import Settings, load_prompt_taxonomy
 from domain.reply_style import STYLES
-from error_handler import LLMUnavailableError, StoreError
+from error_handler import StoreError
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget
 from model_server.tokens import TokenEstimator
@@ -51,14 +51,11 @@ async def ask_plan(settings: Settings) -> Plan:
     """Return the plan of a run with *settings* now; the server is only asked for its models."""
     taxonomy = load_prompt_taxonomy(settings)
     mixed: list[ChatTarget] = []
-    try:
-        async with AsyncExitStack() as stack:
-            client = await open_client(stack, settings, 1)
-            target = await client.prepare(settings)
-            if not isinstance(client, llm.AsyncLLMClient):
-                mixed = client.other_targets
-    except LLMUnavailableError as exc:
-        raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
+    async with AsyncExitStack() as stack:
+        client = await open_client(stack, settings, 1)
+        target = await client.prepare(settings)
+        if not isinstance(client, llm.AsyncLLMClient):
+            mixed = client.other_targets
     return plan_of(classifier_for(settings, target, taxonomy), target, mixed)
 
 

@@ -73,7 +73,8 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
     directory = settings.batch_files_dir
     if not directory.is_dir():
         return
-    paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
+    # A checkout has the directory itself, and an empty file in it, with the usual rights.
+    paths = [path for path in directory.rglob("*") if not path.is_symlink()]
     open_paths = [path for path in paths if is_open(path)]
     if open_paths:
         sentence = (
@@ -81,13 +82,14 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
         )
         yield warning(sentence, f"chmod -R go-rwx {directory}", paths=len(open_paths))
     else:
-        yield ok(f"Only this user can read {directory} (directories 0700, files 0600).")
+        yield ok(f"Only this user can read what is in {directory} (directories 0700, files 0600).")
 
 
 def is_open(path: Path) -> bool:
-    """Return whether other users can access *path*; False if it is gone, because a worker finished it meanwhile."""
+    """Return whether other users can access *path*; False if it is an empty file, or gone because a worker finished it."""
     with suppress(FileNotFoundError):
-        return bool(path.stat().st_mode & 0o077)
+        state = path.stat()
+        return bool(state.st_mode & 0o077) and (path.is_dir() or state.st_size > 0)
     return False
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from commands.diagnosis.findings import Finding, error, ok, warning
-from commands.diagnosis.settings import hosts_of
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
@@ -23,6 +22,7 @@ from error_handler import (
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
+from storage.mongo_connection import hosts_of
 from storage.mongo_errors import connection_problem, has_no_server, translated
 from storage.mongo_indexes import RESULT_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
 from storage.selection import StateFields, switch
@@ -80,7 +80,7 @@ async def diagnose(
         try:
             await store.check()
         except StoreError as exc:
-            yield error(f"MongoDB at {_hosts(settings)}: {exc}", _connection_remedy(exc, settings))
+            yield error(str(exc), _connection_remedy(exc, settings))
             return
         for check in checks:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,7 @@ from config.settings import DEFAULT_DATABASE, OriginKind, settings_origins
 from config.taxonomy import TRIAD
 from domain.text import counted
 from error_handler import ConfigurationError
-
-MASK = "***"
-
-_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
-_HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
+from storage.mongo_connection import MASK, hosts_of
 
 
 def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> Iterator[Finding]:
@@ -71,17 +66,6 @@ def _words(places: Sequence[tuple[OriginKind, str]], dotenv: Path | None) -> str
     overrides = {kind: name for kind, name in reversed(places[1:])}
     texts = [words[kind].format(name, dotenv) for kind, name in (places[0], *overrides.items())]
     return f"{texts[0]}, overrides {' and '.join(texts[1:])}" if overrides else texts[0]
-
-
-def hosts_of(uri: str) -> str:
-    """Return the hosts of the MongoDB address *uri*, without user and password; masked if they cannot be determined.
-
-    An ``@`` after the first slash may belong to an unescaped password, whose end cannot be found.
-    """
-    authority, *rest = re.split("[/?#]", uri.partition("://")[2], maxsplit=1)
-    hosts = authority.rpartition("@")[2]
-    is_sure = not any("@" in part for part in rest) and _HOSTS.fullmatch(hosts)
-    return hosts if is_sure else MASK
 
 
 def shown(field: str, value: Any) -> str:

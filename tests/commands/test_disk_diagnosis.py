@@ -139,6 +139,13 @@ def test_files_readable_by_others_are_a_warning(directory: Path) -> None:
     assert not disk_diagnosis.is_open(directory / "finished by a worker meanwhile")
 
 
+def test_fresh_checkout_is_no_warning(directory: Path) -> None:
+    """git creates the directory, and the empty file that keeps it, with the usual rights."""
+    directory.chmod(0o755)
+    (directory / ".gitkeep").touch(mode=0o644)
+    assert the_one(findings(directory), "Only this user can read").level == "ok"
+
+
 def test_lock_of_a_worker_is_reported_and_kept(directory: Path) -> None:
     holder = BatchFiles(directory)
     holder.acquire()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -399,7 +400,7 @@ def test_missing_packages_are_named_with_their_file(place: Site, monkeypatch: py
     ended = evaluate(place, "--gold", "gold.jsonl")
     assert ended.code == 2
     assert "scipy" in ended.err
-    assert "pip install -r requirements-evaluation.txt" in ended.err
+    assert f"{sys.executable} -m pip install -r requirements-evaluation.txt" in ended.err
 
 
 def labels_by_the_model(document: Document) -> Document:

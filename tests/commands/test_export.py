@@ -282,13 +282,13 @@ def test_missing_package_is_named_with_its_file(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     ended = export(place, "out.x", "--format", form)
     assert ended.code == 2
-    assert f"not installed ({package}): run pip install -r requirements-export.txt" in ended.err
+    assert f"not installed ({package}): run {sys.executable} -m pip install -r requirements-export.txt" in ended.err
 
 
 def test_no_matching_result_leaves_a_header_and_exit_code_1(place: Site) -> None:
     ended = export(place, "out.csv")
     assert ended.code == 1
-    assert f"sentimental_analysis has no results in {place.database.name}" in ended.err
+    assert f"export: {place.database.name}.sentimental_analysis has no results." in ended.err
     place.results.insert_one(result(0))
     ended = export(place, "out.csv", "--model", "other")
     assert ended.code == 1

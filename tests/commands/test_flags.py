@@ -29,7 +29,7 @@ def settings_of(*argv: str) -> Settings:
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        create_parser().parse_args(argv)
+        cli.main(argv)
     assert ended.value.code == 2
     return capsys.readouterr().err
 
@@ -120,14 +120,29 @@ def test_model_flag_sets_llm_model_with_llm_api_url(monkeypatch: pytest.MonkeyPa
         (["--monitoring-mode", "all"], "argument --monitoring-mode: invalid choice: 'all' (choose from "),
         (["--log-level", "LOUD"], "argument --log-level: invalid choice: 'LOUD' (choose from "),
         (["--batch"], "unrecognized arguments: --batch"),
-        (["run"], "unrecognized arguments: run"),
+        (["run"], "unknown command 'run'; without a command, cli.py runs the worker. cli.py --help"),
+        (
+            ["docter"],
+            "unknown command 'docter'; without a command, cli.py runs the worker. Did you mean doctor? cli.py --help",
+        ),
+        (
+            ["--max-concurent", "5"],
+            "unrecognized arguments: --max-concurent 5. Did you mean --max-concurrent? cli.py --help",
+        ),
+        (["--batchsize=5"], "unrecognized arguments: --batchsize=5. Did you mean --batch-size? cli.py --help"),
         (["--model"], "argument --model: expected one argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_invalid_flag_is_one_usage_error(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line names the flag; abbreviations are not guessed; exit code 2."""
-    assert said(capsys, *argv).splitlines()[-1].startswith(f"cli.py: error: {sentence}")
+    """One line names the flag, and what it may stand for; abbreviations are not used; exit code 2."""
+    (line,) = said(capsys, *argv).splitlines()
+    assert line.startswith(f"cli.py: {sentence}")
+    assert line.endswith("cli.py --help lists the flags.")
+
+
+def test_action_is_the_only_argument_that_quarantine_requires(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the following arguments are required: action. " in said(capsys, "quarantine")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +167,25 @@ def test_invalid_value_names_the_setting(argv: list[str], named: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         settings_of(*argv)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "problem"),
+    [
+        ("--mongodb-uri", "localhost:27017", "MONGODB_URI: must start with mongodb:// or mongodb+srv://."),
+        ("--db-name", "a b", 'MONGODB_DB: must be the name of a database, without spaces and / \\ . " $ * < > : | ?.'),
+        (
+            "--source-collection",
+            "a$",
+            "MONGODB_SOURCE_COLLECTION: must be the name of a collection, without $ and without a dot at an end.",
+        ),
+    ],
+)
+def test_invalid_name_is_explained_in_words(flag: str, value: str, problem: str) -> None:
+    """Not by a regular expression, and not by other settings that depend on it."""
+    with pytest.raises(ConfigurationError) as caught:
+        settings_of(flag, value)
+    assert str(caught.value) == f"Wrong setting: {problem}"
 
 
 def test_scheduled_mode_with_a_cron_expression() -> None:

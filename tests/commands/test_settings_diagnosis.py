@@ -9,11 +9,12 @@ import pytest
 from pydantic import SecretStr
 
 from commands.diagnosis.findings import Finding
-from commands.diagnosis.settings import diagnose_labels, diagnose_settings, hosts_of, shown
+from commands.diagnosis.settings import diagnose_labels, diagnose_settings, shown
 from config import load_settings
 from config.loading import variables_of
 from config.settings import Settings, settings_origins
 from config.taxonomy import DEFAULT_TAXONOMY
+from storage.mongo_connection import hosts_of
 from tests.cases import mostly_thorough
 
 PASSWORDS = [

@@ -64,7 +64,7 @@ def test_status_shows_running_lost_and_ended_workers(site: Site) -> None:
     assert "model server answers; for 5 min" in text
     assert "gpu:1: 9 conversations, 0.50 s each, away: no connection; 0 in flight, limit 4\n" in text
     assert "lost        worker-b on host-b: no sign of life for 1 min; 1,030 classified" in text
-    assert "last 1 run that ended:\ncompleted   worker-c on host-c: 1,030 classified" in text
+    assert "last run that ended:\ncompleted   worker-c on host-c: 1,030 classified" in text
     shown = site.run("status", "--json").json["workers"]
     assert {worker["id"]: worker["state"] for worker in shown} == {
         "a": "running",

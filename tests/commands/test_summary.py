@@ -87,6 +87,22 @@ def test_summary_of_an_empty_run_says_what_to_do(console: Console) -> None:
 
 
 @pytest.mark.parametrize(
+    ("counts", "has_documents"),
+    [({}, False), ({"done": 3}, True), ({"filtered": 1}, True), ({"in_quarantine": 1}, True)],
+)
+def test_summary_of_an_empty_collection_names_the_flags(
+    console: Console, counts: dict[str, int], has_documents: bool
+) -> None:
+    """A misspelt name is an empty collection; documents in quarantine are not among those left out."""
+    nothing: dict[str, Any] = {"documents_processed": 0, "successful": 0, "failed": 0, "skipped": 0}
+    queued = {"in_quarantine": counts.pop("in_quarantine", 0)}
+    print_run(console, {**STATS, **nothing, **queued, "not_selected": counts}, load_settings(None))
+    text = " ".join(shown(console).split())
+    hint = "Nothing to do. No documents found in customer_support.conversation_set: correct --db-name, --source-collection or"
+    assert text.startswith(hint) is not has_documents
+
+
+@pytest.mark.parametrize(
     ("counts", "lines"),
     [
         ({}, []),

@@ -7,6 +7,7 @@ import json
 import signal
 import sqlite3
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,5 +244,5 @@ def test_missing_packages_are_named_with_their_file(school: School, monkeypatch:
         )
         ended = site.run("student", "report")
         assert ended.code == 2
-        assert f"not installed ({name}): run pip install -r requirements-student.txt" in ended.err
+        assert f"not installed ({name}): run {sys.executable} -m pip install -r requirements-student.txt" in ended.err
         assert site.run(*PROMISE).code == code

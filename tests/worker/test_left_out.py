@@ -18,6 +18,7 @@ def planned(site: Site, **settings: str) -> dict[str, Any]:
 
 def test_statuses_of_another_program_are_named_by_every_command(site: Site) -> None:
     """Nothing can be selected, which is a problem: exit code 1."""
+    assert "No documents found in" in site.run("--dry-run").err
     statuses = ["closed", "closed", "Pending", "", 7]
     site.source.insert_many([conversation(number, status=status) for number, status in enumerate(statuses)])
     ended = site.run()
