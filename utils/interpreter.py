@@ -9,7 +9,7 @@ from pathlib import Path
 
 def require_packages() -> None:
     """Exit with 2 if this Python cannot run the product. Programs call it before their other imports."""
-    if not importlib.util.find_spec("uvloop"):
+    if not importlib.util.find_spec("pymongo"):
         sys.stderr.write(
             f"{Path(sys.argv[0]).name}: {sys.executable} lacks the packages of requirements.txt: run make venv, then "
             ". .venv/bin/activate, and the same command again.\n"
