@@ -113,8 +113,10 @@ def corrected_results(results: str, fields: Sequence[str], *, with_gold: bool = 
     sums of signs, added to counts of all results, give counts of the corrected labels. *with_gold* makes each only once, as
     the model labelled it, with the corrections by field as ``gold``.
     """
-    labels = {"$mergeObjects": ["$result.classification", {"$arrayToObject": "$labels"}]}
-    chosen = {"$cond": [{"$eq": ["$sign", 1]}, labels, "$result.classification"]}
+    stored = "$result.classification"
+    of_model = {"$cond": [{"$eq": [{"$type": stored}, "object"]}, stored, {}]}  # $mergeObjects refuses other types
+    labels = {"$mergeObjects": [of_model, {"$arrayToObject": "$labels"}]}
+    chosen = {"$cond": [{"$eq": ["$sign", 1]}, labels, stored]}
     newest = {"field": "$field", "id": "$source_conversation_id"}
     both: list[Document] = [
         {"$set": {"sign": [-1, 1]}},

@@ -66,6 +66,19 @@ async def test_latest_correction_replaces_the_label_of_the_model(database: Place
     assert await analytics().corrected() == 1
 
 
+@pytest.mark.parametrize("odd", ["Complaint", None, 7])
+async def test_correction_of_a_result_without_labels_counts_alone(database: Place, analytics: Any, odd: Any) -> None:
+    """Another program may write anything as the classification. The other results still count, as does the decision."""
+    one, other = result({"topic": "A"}), result({"topic": "A"})
+    fill(database, [one | {"classification": odd}, other], [correction(one, "topic", "B", sampling_probability=0.1)])
+    opened = analytics()
+    for _ in range(2):  # from the results, then from the counts of days
+        assert (await opened.field_counts("topic")).total.labels == {"A": 1, "B": 1}
+        await opened.refresh(Slice(), lambda done, total: None)
+    assert await opened.gold_pairs("topic") == {}
+    assert len(await opened.examples(order="newest")) == 2
+
+
 async def test_label_filter_means_corrected_labels(database: Place, analytics: Any) -> None:
     """Also for the other fields, for pairs of fields, and if the corrected label is outside of the slice."""
     results = [result({"topic": "A", "sentiment": "Bad"}) for _ in range(4)]
