@@ -59,7 +59,7 @@ class Slice:
         """Return the parts of the query on channel and model, which are at these paths."""
         parts: list[Document] = []
         if self.channel is not None:
-            without = {"$expr": {"$ne": [{"$type": f"${channel}"}, "string"]}}
+            without = {"$expr": {"$or": [{"$ne": [{"$type": f"${channel}"}, "string"]}, {"$eq": [f"${channel}", ""]}]}}
             parts.append(without if self.channel == NO_CHANNEL else {channel: {"$eq": self.channel}})
         if self.model is not None:
             parts.append({model: {"$eq": self.model}})

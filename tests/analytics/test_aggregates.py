@@ -147,6 +147,21 @@ async def test_channels_that_are_no_text_count_as_no_channel(database: Place, an
     assert (await analytics().field_counts("topic", view=Slice(channel="email"))).total.n == 2
 
 
+async def test_each_channel_and_label_is_a_filter_that_finds_its_results(database: Place, analytics: Any) -> None:
+    """A link of the dashboard leads to the results that it counts. What no filter can name ends with an ellipsis."""
+    names = ["email", "Web  form", "x" * 200, "", "x" * 201, "a\tb", "…\n"]
+    fill(database, [result({"topic": name or "A"}, channel=name) for name in names for _ in range(2)])
+    counts = await analytics().field_counts("topic")
+    assert all(name.isprintable() and len(name) <= 200 for name in [*counts.channels, *counts.total.labels])
+    for channel, one in counts.channels.items():
+        found = (await analytics().field_counts("topic", view=Slice(channel=channel))).total.n
+        assert found == (0 if channel.endswith("…") else one.n), channel
+    for label, n in counts.total.labels.items():
+        found = (await analytics().field_counts("topic", view=Slice(labels=(("topic", label),)))).total.n
+        assert found == (0 if label.endswith("…") else n), label
+    assert sum(name.endswith("…") for name in counts.channels) == 3
+
+
 async def test_several_labels_of_a_field_count_each(database: Place, analytics: Any) -> None:
     """A share is one of results: those of a row can add up to more than 100 %."""
     results = [result({"topic": "A", "products": labels}) for labels in (["X", "Y"], ["Y"], [])]
