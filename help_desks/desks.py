@@ -97,6 +97,8 @@ class Reader:
                 continue
             role = self._role(comment, asked, roles)
             at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
+            if isinstance(plain := comment.record.get("plain_body"), str):  # Zendesk removes tags from it, not entities
+                comment.record["plain_body"] = html.unescape(plain).replace("\xa0", " ")
             text = comment.text(_ZENDESK_TEXTS, "messages.text")
             part.messages.append(message(role, at, text, comment.rest()))
         first = _said(part.messages[0]["text"]) if part.messages else None

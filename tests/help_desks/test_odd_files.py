@@ -179,6 +179,14 @@ def test_html_of_a_private_zendesk_comment_is_no_turn_of_the_customer(tmp_path: 
         assert "vip" not in str(document)
 
 
+def test_entities_in_the_plain_body_of_zendesk_are_characters(tmp_path: Path) -> None:
+    comment = {"plain_body": "I&#39;m late&nbsp;&amp; <b>cold</b>", "html_body": "<p>&lt;b&gt;</p>", "author_id": 4}
+    only_html = {"html_body": "<p>a &lt;b&gt; c</p>", "author_id": 4}
+    ticket = {"id": 1, "requester_id": 4, "comments": [comment, only_html]}
+    (document,), _ = read(write(tmp_path / "a.json", ticket))
+    assert transcript(document) == ["Customer: I'm late & <b>cold</b>", "Customer: a <b> c"]
+
+
 @pytest.mark.parametrize("value", ["Internal note", "private_comment", "note_and_close", "Internal", "1.0", "WAHR"])
 def test_private_notes_in_a_table_are_recognised_by_their_first_word(tmp_path: Path, value: str) -> None:
     rows = f"ticket_id,sender,message,visibility\n1,customer,hi,public\n1,agent,vip,{value}\n"
