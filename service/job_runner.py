@@ -145,7 +145,9 @@ class JobRunner:
             request = BatchItem.model_validate(item.request)
         except ValidationError:
             named = BatchItem.model_construct(**item.request)
-            return failed(named, RequestError(errors.INVALID, "Another version of the service stored it; send it again."))
+            return failed(
+                named, RequestError(errors.INVALID, "Another version of the service stored it; send it again.")
+            )
         if item.attempts > ATTEMPTS:  # the process died each time
             return failed(request, RequestError(errors.INTERNAL))
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
