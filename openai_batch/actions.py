@@ -317,7 +317,7 @@ async def preview(
             for document in page:
                 if made.documents != limit:
                     made.add(document, store.handling, config.batch.endpoint)
-            on_progress(f"{made.documents} documents read")
+            on_progress(f"{counted(made.documents, 'document')} read")
             if made.documents == limit:
                 break
     made.most_reply_tokens = (made.documents + made.waiting) * config.openai.max_tokens
@@ -339,6 +339,6 @@ def require_affordable(made: Preview, most_usd: float, model: str) -> None:
         )
     if made.price.usd > most_usd:
         raise JobCostError(
-            f"{made.documents + made.waiting} documents may cost up to {dollars(made.price.usd)} US dollars, more than "
+            f"{counted(made.documents + made.waiting, 'document')} may cost up to {dollars(made.price.usd)} US dollars, more than "
             f"--max-cost {most_usd:g}; reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
         )

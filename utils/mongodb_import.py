@@ -60,10 +60,8 @@ _SKIPPED = {
 }
 _UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
 _OTHER_TEXT = "with the _id of a stored document that has another text; not imported"
-_IN_WORK = (
-    "that a worker had in work: it may label the text that it has read, so run python cli.py --only changed afterwards"
-)
-_FOREIGN = "with new turns and a status of another program, so no run selects it; with STATUS_FIELD, the product has a status of its own"
+_IN_WORK = "that a worker had in work: the worker may label the text that it has read, so run python cli.py --only changed afterwards"
+_FOREIGN = "with new turns and a status of another program, which no run selects; with STATUS_FIELD, the product has a status of its own"
 _MISSED = "that other programs changed at the same time, without all of their new turns; the same command adds them"
 # Of a row: the same conversation in a later export has another status, but the same messages.
 _ROW_FIELDS = frozenset({"metadata", "channel", "subject", "created_at"})

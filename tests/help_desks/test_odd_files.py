@@ -87,7 +87,7 @@ def test_messages_are_found_in_a_list_at_any_depth(tmp_path: Path) -> None:
     documents, notes = read(write(tmp_path / "a.json", records), maps=maps)
     assert list(map(transcript, documents)) == [["Customer: hi", "Agent: ho"], ["Customer: Lost parcel"]]
     assert documents[0]["metadata"] == {"embedded": {"page": 1}}
-    assert notes == ["1 conversation without a text; its subject is the text (element 2)"]
+    assert notes == ["1 conversation without a text; the subject is the text (element 2)"]
 
 
 def test_dates_behind_a_path_decide_about_day_and_month(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_dry_run_needs_no_server_and_shows_mapping_and_two_conversations(run: Ru
     done = run(
         "--mongodb-uri", "mongodb://127.0.0.1:1", "--file", EXPORTS / "zendesk_tickets.csv", "--dry-run", "--drop"
     )
-    assert (done.returncode, done.stderr) == (0, "1 conversation without a text; its subject is the text (line 6).\n")
+    assert (done.returncode, done.stderr) == (0, "1 conversation without a text; the subject is the text (line 6).\n")
     lines = done.stdout.splitlines()
     assert lines[0] == "3 records, read as zendesk:"
     assert [line.split() for line in lines[1:4]] == [
