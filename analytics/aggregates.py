@@ -43,7 +43,8 @@ from utils.retry_utils import RetryPolicy
 
 LIMIT_S = 600.0  # for one pass
 MAX_GROUPS = 20_000  # that one pass returns, the largest first; real taxonomies have some hundreds
-MAX_CHARACTERS = 80  # of a label, channel or model
+MAX_CHARACTERS = 200  # of a label, channel or model
+ELLIPSIS = "…"
 
 Order = Literal["confidence", "newest"]
 ALL = Slice()
@@ -343,7 +344,7 @@ def with_changes(groups: Sequence[Document], changes: Sequence[Document], kept: 
 
 
 def labels_of(value: Any) -> Labels | None:
-    """Return the labels in *value*, a text or a list of texts, each as one short line; None if it is neither."""
+    """Return the labels in *value*, a text or a list of texts, each as ``text_of`` returns it; None if it is neither."""
     if isinstance(value, str):
         return (text_of(value),)
     if isinstance(value, list) and all(isinstance(label, str) for label in value):
@@ -352,8 +353,15 @@ def labels_of(value: Any) -> Labels | None:
 
 
 def text_of(value: Any) -> str:
-    """Return *value* as one short line; empty if it is no text."""
-    return one_line(value, MAX_CHARACTERS) if isinstance(value, str) else ""
+    """Return *value*; empty if it is no text.
+
+    A long or unprintable one becomes one short line that ends with an ellipsis, because a filter with it finds nothing.
+    """
+    if not isinstance(value, str):
+        return ""
+    if len(value) <= MAX_CHARACTERS and value.isprintable():
+        return value
+    return one_line(value, MAX_CHARACTERS - 1).removesuffix(ELLIPSIS) + ELLIPSIS
 
 
 def time_of(value: Any) -> datetime | None:

@@ -32,7 +32,13 @@ def render_report(report: LabelReport, zone: tzinfo) -> str:
     def shown_time(at: datetime | None) -> str:
         return charts.NONE if at is None else f"{at.astimezone(zone):%Y-%m-%d %H:%M}"
 
-    environment.filters |= {"time": shown_time, "percent": percent, "p": p_text, "points": points_text}
+    environment.filters |= {
+        "time": shown_time,
+        "percent": percent,
+        "p": p_text,
+        "points": points_text,
+        "counted": counted,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,

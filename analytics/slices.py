@@ -59,7 +59,7 @@ class Slice:
         """Return the parts of the query on channel and model, which are at these paths."""
         parts: list[Document] = []
         if self.channel is not None:
-            without = {"$expr": {"$ne": [{"$type": f"${channel}"}, "string"]}}
+            without = {"$expr": {"$or": [{"$ne": [{"$type": f"${channel}"}, "string"]}, {"$eq": [f"${channel}", ""]}]}}
             parts.append(without if self.channel == NO_CHANNEL else {channel: {"$eq": self.channel}})
         if self.model is not None:
             parts.append({model: {"$eq": self.model}})
@@ -113,8 +113,10 @@ def corrected_results(results: str, fields: Sequence[str], *, with_gold: bool = 
     sums of signs, added to counts of all results, give counts of the corrected labels. *with_gold* makes each only once, as
     the model labelled it, with the corrections by field as ``gold``.
     """
-    labels = {"$mergeObjects": ["$result.classification", {"$arrayToObject": "$labels"}]}
-    chosen = {"$cond": [{"$eq": ["$sign", 1]}, labels, "$result.classification"]}
+    stored = "$result.classification"
+    of_model = {"$cond": [{"$eq": [{"$type": stored}, "object"]}, stored, {}]}  # $mergeObjects refuses other types
+    labels = {"$mergeObjects": [of_model, {"$arrayToObject": "$labels"}]}
+    chosen = {"$cond": [{"$eq": ["$sign", 1]}, labels, stored]}
     newest = {"field": "$field", "id": "$source_conversation_id"}
     both: list[Document] = [
         {"$set": {"sign": [-1, 1]}},

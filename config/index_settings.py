@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
-from config.loading import PartSettings, load_part
+from config.loading import HomePath, PartSettings, load_part
 
 ProviderName = Literal["openai", "ollama", "local"]
 
@@ -33,8 +33,8 @@ class IndexSettings(PartSettings):
     max_concurrent: int = Field(4, ge=1, le=64, validation_alias="EMBEDDING_CONCURRENCY")
     timeout_s: float = Field(120.0, gt=0, le=3600)
     database_url: SecretStr | None = Field(None, validation_alias="DATABASE_URL")
-    index_dir: Path = Field(Path("data/index"), validation_alias="INDEX_DIR")
-    log_file: Path | None = Field(None, validation_alias="LOG_FILE")
+    index_dir: HomePath = Field(Path("data/index"), validation_alias="INDEX_DIR")
+    log_file: HomePath | None = Field(None, validation_alias="LOG_FILE")
 
     @property
     def model(self) -> str:

@@ -82,6 +82,15 @@ def _split(value: Any) -> Any:
 
 NameList = Annotated[tuple[str, ...], OWN_FORM, BeforeValidator(_split)]  # names with commas between them
 
+
+def _expanded(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str | Path) else value
+
+
+# With ~ as in a shell, which does not expand it in a .env or behind a flag's equals sign.
+HomePath = Annotated[Path, BeforeValidator(_expanded)]
+HomePathText = Annotated[str, BeforeValidator(_expanded)]
+
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]
 OllamaAddresses = Annotated[str, BeforeValidator(_ollama_addresses)]  # one or more, with commas between them

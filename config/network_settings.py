@@ -5,16 +5,16 @@ from __future__ import annotations
 import urllib.request
 from functools import partial
 
-from config.loading import PartSettings, load_part
+from config.loading import HomePathText, PartSettings, load_part
 
 
 class NetworkSettings(PartSettings):
     """The settings of every HTTP client; ``.env.example`` explains each."""
 
     proxy_from_environment: bool = False
-    ssl_cert_file: str | None = None
-    ssl_cert_dir: str | None = None
-    requests_ca_bundle: str | None = None
+    ssl_cert_file: HomePathText | None = None
+    ssl_cert_dir: HomePathText | None = None
+    requests_ca_bundle: HomePathText | None = None
 
 
 def environment_proxy(scheme: str, host: str) -> tuple[str, str] | None:

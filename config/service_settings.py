@@ -6,12 +6,11 @@ import base64
 import binascii
 import re
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
-from config.loading import PartSettings, load_part
+from config.loading import HomePath, PartSettings, load_part
 
 Exposure = Literal["public", "key", "off"]
 
@@ -51,7 +50,7 @@ class ServiceSettings(PartSettings):
     expose_review: Literal["key", "off"] = "off"
     expose_dashboard: Literal["key", "off"] = "off"
     dashboard_show_text: bool = Field(False, validation_alias="DASHBOARD_SHOW_TEXT")
-    dashboard_batch_files_dir: Path | None = Field(None, validation_alias="DASHBOARD_BATCH_FILES_DIR")
+    dashboard_batch_files_dir: HomePath | None = Field(None, validation_alias="DASHBOARD_BATCH_FILES_DIR")
     embedded: bool = False
 
     @field_validator("keys")

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from config.loading import (
     DOTENV,
     HeaderSecret,
+    HomePath,
     HttpAddress,
     NameList,
     OllamaAddresses,
@@ -153,9 +154,9 @@ class Settings(PartSettings):
     service_lease: bool = True
     worker_floor: int = Field(1, ge=1, le=256)
     worker_heartbeat: bool = True
-    batch_files_dir: Path = Path("batch_files")
-    taxonomy_file: Path | None = None
-    prompt_examples_file: Path | None = None
+    batch_files_dir: HomePath = Path("batch_files")
+    taxonomy_file: HomePath | None = None
+    prompt_examples_file: HomePath | None = None
     reply_style: Literal["full", "labels", "list", "score", "auto"] = "full"
     review_below: float | None = Field(None, ge=0, le=1)
     student: float | None = Field(None, ge=0.5, lt=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import yaml
 
 from error_handler import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TAXONOMY = Path(__file__).with_name("taxonomy.yaml")
 
@@ -225,10 +228,19 @@ def _label(path: Path, place: str, name: Any, given: Any) -> Label:
     entry = {"definition": given} if isinstance(given, str) else given
     if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
         raise ConfigurationError(f"In the taxonomy {path}, {place} > {name} needs a one-line definition.")
+    for key in sorted(map(str, entry.keys() - {"definition", "phrases"})):
+        _warn(
+            f"In the taxonomy {path}, {place} > {name} has the unknown key {key}, which is ignored; use definition or phrases."
+        )
     phrases = entry.get("phrases") or []
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
         raise ConfigurationError(f"In the taxonomy {path}, {place} > {name} > phrases must be a list of texts.")
     return Label(name, " ".join(entry["definition"].split()), tuple(phrases))
+
+
+@lru_cache(maxsize=1024)  # a command reads the file several times
+def _warn(sentence: str) -> None:
+    logger.warning("%s", sentence)
 
 
 def _require_distinct(path: Path, place: str, names: list[Any]) -> None:

@@ -97,6 +97,8 @@ class Reader:
                 continue
             role = self._role(comment, asked, roles)
             at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
+            if isinstance(plain := comment.record.get("plain_body"), str):  # Zendesk removes tags from it, not entities
+                comment.record["plain_body"] = html.unescape(plain).replace("\xa0", " ")
             text = comment.text(_ZENDESK_TEXTS, "messages.text")
             part.messages.append(message(role, at, text, comment.rest()))
         first = _said(part.messages[0]["text"]) if part.messages else None
@@ -120,7 +122,7 @@ class Reader:
                 if isinstance(event, dict) and event.get("type") in ("Comment", "VoiceComment"):
                     found.append({"author_id": audit.get("author_id"), "created_at": audit.get("created_at"), **event})
                 else:
-                    self.judge.findings.note("audit event", "left out: it is no comment", place)
+                    self.judge.findings.note("audit event", "left out: only comments are imported", place)
         return found
 
     def _role(self, comment: Fields, requester: Any, roles: Mapping[str, str]) -> str:
@@ -148,9 +150,7 @@ class Reader:
         parts = inner.get("conversation_parts") if isinstance(inner, dict) else inner
         total = inner.get("total_count") if isinstance(inner, dict) else None
         if isinstance(total, int) and isinstance(parts, list) and total > len(parts):
-            self.judge.findings.note(
-                "conversation", "with fewer parts than its total_count; Intercom exports 500", place
-            )
+            self.judge.findings.note("conversation", "with fewer parts than total_count; Intercom exports 500", place)
         started = part.fields.get("created_at")
         first = [{"created_at": started, **source}] if isinstance(source, dict) else []
         for prefix, values in ((f"{name}.", first), ("conversation_parts.", parts)):
@@ -159,11 +159,11 @@ class Reader:
                     continue
                 text = each.text(("body",), "messages.text")
                 if not text:
-                    self.judge.findings.note("event", "left out: it has no text, such as an assignment", place)
+                    self.judge.findings.note("event", "left out: no text, such as an assignment", place)
                     continue
                 sender = self.judge.sender(each.take("author.type", "messages.sender"), place)
                 if each.record.get("part_type", "comment") not in _BY_CUSTOMERS and known_sender(sender) != "agent":
-                    self.judge.findings.note("event", "left out: it is no message of the customer", place)
+                    self.judge.findings.note("event", "left out: no message of the customer", place)
                     continue
                 at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
                 part.messages.append(message(sender, at, text, each.rest()))
@@ -190,7 +190,7 @@ class Reader:
             if self._is_note(each, "private", place):
                 continue
             if each.record.get("deleted") is True:
-                self.judge.findings.note("message", "left out: it was deleted", place)
+                self.judge.findings.note("message", "left out: deleted", place)
                 continue
             incoming = each.take("incoming", "messages.sender")
             if incoming is None and is_export:
@@ -210,12 +210,12 @@ class Reader:
             kind = each.record.get("message_type", each.record.get("sender_type"))
             sender = self.judge.sender(kind, place)
             if sender == "event":
-                self.judge.findings.note("activity message", "left out: Chatwoot wrote it, not a person", place)
+                self.judge.findings.note("activity message", "left out: written by Chatwoot, not by a person", place)
                 continue
             if self._is_note(each, "private", place):
                 continue
             if is_deleted(each.record):
-                self.judge.findings.note("message", "left out: it was deleted", place)
+                self.judge.findings.note("message", "left out: deleted", place)
                 continue
             each.take("message_type", "messages.sender")
             at = self.judge.time(each.take("created_at", "messages.timestamp"), place)

@@ -85,7 +85,9 @@ class Judge:
                 "message", "of which it is not clear whether it is a private note; imported as a turn", place
             )
         if is_private and not self.options.private_notes:
-            self.findings.note("private note", "left out; --private-notes makes them turns of the agent", place)
+            self.findings.note(
+                "private note", "left out; --private-notes imports private notes as turns of the agent", place
+            )
             return True
         return False
 
@@ -153,7 +155,7 @@ def document_of(part: Part, desk: str, findings: Findings, place: str) -> Docume
         at = part.fields.get("created_at")
         rest = part.messages[0] if part.messages else message("customer", at, "")
         part.messages = [{"sender": "customer", **rest, "text": str(subject)}, *part.messages[1:]]
-        findings.note("conversation", "without a text; its subject is the text", place)
+        findings.note("conversation", "without a text; the subject is the text", place)
     made: Document = {"conversation_number": part.number, "messages": ordered(part.messages)}
     if part.number is None:
         del made["conversation_number"]

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from aggregator import aggregate_conversation
-from domain.text import escaped, one_line
+from domain.text import counted, escaped, one_line
 from error_handler import SkippedDocumentError
 from storage.extended_json import Document, id_text
 
@@ -28,7 +28,7 @@ def preview_lines(document: Document) -> list[str]:
             at = f"{turn.at:%Y-%m-%d %H:%M}  " if turn.at else ""
             lines.append(f"    {at}{_short(turn.line)}")
         if len(conversation.turns) > TURNS:
-            lines.append(f"    ... {len(conversation.turns) - TURNS} more turns")
+            lines.append(f"    ... {counted(len(conversation.turns) - TURNS, 'more turn')}")
     metadata = document.get("metadata")
     if isinstance(metadata, dict) and metadata:
         shown = ", ".join(

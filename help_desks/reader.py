@@ -152,14 +152,14 @@ class Export:
         judge = Judge(self._options, self.findings, desk, DateOrder(self._options.is_day_first))
         for place, value, users in records:
             if not isinstance(value, dict):
-                self.findings.note("record", f"left out: it is not a conversation of {desk}", place)
+                self.findings.note("record", f"left out: no conversation of {desk}", place)
                 continue
             self._drop(value)
             part = desks.Reader(judge, users).read(value, place)
             if part.messages or part.fields.get("subject"):
                 yield document_of(part, desk, self.findings, place)
             else:
-                self.findings.note("conversation", "left out: it has neither a message nor a subject", place)
+                self.findings.note("conversation", "left out: neither a message nor a subject", place)
 
     def _of_rows(
         self,
@@ -177,7 +177,7 @@ class Export:
                     self._drop(value)
                     yield place, value
                 else:
-                    self.findings.note("record", "left out: it is no object", place)
+                    self.findings.note("record", "left out: no JSON object", place)
 
         def column(name: str) -> Iterator[Any]:
             return (each for _, value, _ in self._records(file) for each in values_at(value, name) if each)

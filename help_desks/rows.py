@@ -129,10 +129,10 @@ class RowReader:
                 self.judge.sender(taken["sender"], place, is_direction) if taken["sender"] not in (None, "") else ""
             )
         if sender == "event":
-            self.findings.note("activity message", "left out: the help desk wrote it, not a person", place)
+            self.findings.note("activity message", "left out: written by the help desk, not by a person", place)
             return None
         if is_gone:
-            self.findings.note("message", "left out: it was deleted", place)
+            self.findings.note("message", "left out: deleted", place)
             return None
         value = taken.get("conversation_number")
         number = "" if value is None else str(value).strip()

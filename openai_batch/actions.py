@@ -359,7 +359,7 @@ async def preview(
             for document in page:
                 if made.documents != limit:
                     made.add(document, store.handling, config)
-            on_progress(f"{made.documents} documents read")
+            on_progress(f"{counted(made.documents, 'document')} read")
             if made.documents == limit:
                 break
     made.set_price()
@@ -374,6 +374,7 @@ def require_affordable(made: Preview, most_usd: float) -> None:
         )
     if made.usd > most_usd:
         raise JobCostError(
-            f"{made.documents + made.waiting} documents may cost up to {dollars(made.usd)} US dollars, more than "
+                    made.add(document, store.handling, config)
+            on_progress(f"{counted(made.documents, 'document')} read")
             f"--max-cost {most_usd:g}; reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
         )

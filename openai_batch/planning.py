@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from domain.text import counted
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
@@ -181,7 +182,7 @@ class JobSender:
                             writer = ShardWriter(context.folder, self._batch, self.token_limit)
                         writer.add(claim.item, claim.line, claim.tokens)
                         planned += 1
-                    context.on_progress(f"{planned} documents prepared")
+                    context.on_progress(f"{counted(planned, 'document')} prepared")
                     if context.stop.is_set() or (limit is not None and planned >= limit):
                         break
             if writer is not None:

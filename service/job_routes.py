@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
+from domain.text import counted
 from service import errors
 from service.access import JOBS
 from service.idempotency import KEY_PARAMETER, REPLAYED, idempotency_key
@@ -43,7 +44,9 @@ async def create(wanted: JobRequest, request: Request) -> Response:
     """Store the conversations durably. They are labelled when no request waits for the model."""
     service, key = _service(request), idempotency_key(request)
     state, replayed = await service.create(wanted, request.state.caller, key, request.state.deadline)
-    request.state.note = f", job {state.job}, {state.total} conversations" + (", replayed" if replayed else "")
+    request.state.note = f", job {state.job}, {counted(state.total, 'conversation')}" + (
+        ", replayed" if replayed else ""
+    )
     headers = {"Location": f"{JOBS}/{state.job}", **({"Idempotency-Replayed": "true"} if replayed else {})}
     return Response(state.model_dump_json(exclude_none=True), 202, headers, "application/json")
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import orjson
+from pydantic import ValidationError
 
 from config.service_settings import ServiceSettings
 from error_handler import ConfigurationError, JobConnectionError, JobValidationError, RequestError, StoreError
@@ -140,7 +141,13 @@ class JobRunner:
 
     async def _result(self, item: ClaimedItem) -> ItemResult | None:
         """Return the result of *item*; None if it was given back for another attempt."""
-        request = BatchItem.model_validate(item.request)
+        try:
+            request = BatchItem.model_validate(item.request)
+        except ValidationError:
+            named = BatchItem.model_construct(**item.request)
+            return failed(
+                named, RequestError(errors.INVALID, "Another version of the service stored it; send it again.")
+            )
         if item.attempts > ATTEMPTS:  # the process died each time
             return failed(request, RequestError(errors.INTERNAL))
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s

@@ -82,7 +82,7 @@ class LabelsTab:
         view, fields, crossings, notes = query.slice, list[FieldReport](), list[Crossing](), list[str]()
 
         def tell(done: int, total: int) -> None:
-            self._progress[query] = f"{done:,} of {total:,} days are done"
+            self._progress[query] = f"{done:,} of {total:,} days done"
 
         try:
             if note := await self._analytics.refresh(view, tell):

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from analytics.aggregates import MAX_CHARACTERS
 from analytics.slices import NO_CHANNEL, Period, Slice
 from config import Taxonomy
 from error_handler import RequestError
@@ -16,7 +17,6 @@ from service import errors
 
 PREFIX = "label."  # of the parameter of a field, which may have the name of another filter
 NAMES = ("since", "until", "channel", "no_channel", "model", "min", "max", "by")
-MAX_CHARACTERS = 200  # of a value
 MAX_PARAMETERS = 32
 
 

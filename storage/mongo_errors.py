@@ -27,6 +27,7 @@ DUPLICATE_KEY = 11000
 UNAUTHORIZED = 13
 FORBIDDEN_CODES = frozenset({UNAUTHORIZED, 18, 8000})
 VIEW_CODE = 166  # the command is not allowed on a view
+UNKNOWN_ZONE_CODE = 40485
 ILLEGAL_OPERATION = 20
 NO_RETRYABLE_WRITES_CODES = frozenset(
     {ILLEGAL_OPERATION, 301}
@@ -166,6 +167,11 @@ def _error_of_code(what: str, code: int | None, exc: errors.OperationFailure | N
         return ConfigurationError(
             f"A view stands where a collection is needed ({what}); statuses and results cannot be stored in a view, so "
             "name the collection that it shows: MONGODB_SOURCE_COLLECTION, MONGODB_RESULTS_COLLECTION."
+        )
+    if code == UNKNOWN_ZONE_CODE:
+        return ConfigurationError(
+            f"MongoDB does not know the time zone ({what}); --time-zone and REPORT_TIME_ZONE need a name that MongoDB knows, "
+            "such as Europe/Berlin."
         )
     name = (exc.details or {}).get("codeName") if exc is not None else None
     return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code}{f', {name}' if name else ''})")

@@ -256,6 +256,7 @@ def test_failed_connection_has_a_sentence_of_its_kind(text: str, words: str, no_
         pytest.param(20, "does not support retryable writes", ConfigurationError, "retryWrites=false", id="driver"),
         pytest.param(20, "illegal operation", StoreRejectedError, "code 20", id="other-illegal-operation"),
         pytest.param(166, "x", ConfigurationError, "view.*MONGODB_SOURCE_COLLECTION", id="view"),
+        pytest.param(40485, "x", ConfigurationError, "--time-zone and REPORT_TIME_ZONE", id="time-zone"),
         pytest.param(13, "not authorized on db", StoreForbiddenError, "docs/operations.md", id="right"),
         pytest.param(13, "command find requires authentication", StoreForbiddenError, "user:password@", id="no-user"),
         pytest.param(18, "Authentication failed.", StoreForbiddenError, "authSource", id="password"),

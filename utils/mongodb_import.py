@@ -47,13 +47,14 @@ from help_desks.preview import preview_lines
 from help_desks.reader import SAMPLES, Export, read_documents
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.extended_json import Document, dumps, id_text
+from storage.extended_json import Document, bson_encode, dumps, id_text
 from storage.mongo_errors import translated
 from storage.selection import StateFields
 from utils.process import exit_code_of, is_confirmed
 from worker.left_out import NAMED_STATUSES, status_name
 
 PAGE_SIZE = 500
+MAX_BYTES = 16_777_216  # of a document in MongoDB
 _SKIPPED = {
     Reason.SKIPPED_NO_TEXT: f"without a text, which a run skips; a text is expected in {', '.join(TEXT_FIELDS[:4])}",
     Reason.SKIPPED_NO_CUSTOMER: (
@@ -64,10 +65,8 @@ _SKIPPED = {
 }
 _UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
 _OTHER_TEXT = "with the _id of a stored document that has another text; not imported"
-_IN_WORK = (
-    "that a worker had in work: it may label the text that it has read, so run python cli.py --only changed afterwards"
-)
-_FOREIGN = "with new turns and a status of another program, so no run selects it; with STATUS_FIELD, the product has a status of its own"
+_IN_WORK = "that a worker had in work: the worker may label the text that it has read, so run python cli.py --only changed afterwards"
+_FOREIGN = "with new turns and a status of another program, which no run selects; with STATUS_FIELD, the product has a status of its own"
 _MISSED = "that other programs changed at the same time, without all of their new turns; the same command adds them"
 # Of a row: the same conversation in a later export has another status, but the same messages.
 _ROW_FIELDS = frozenset({"metadata", "channel", "subject", "created_at"})
@@ -144,7 +143,7 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
             progress.update(task, completed=number, description="Reading" if arguments.dry_run else "Importing")
 
         if arguments.dry_run:
-            read, new, growth = _counted(pages, on_read), 0, Growth()
+            read, new, growth = _counted(pages, arguments.file or SAMPLES, on_read), 0, Growth()
         else:
             read, new, growth = await _stored(arguments, settings, pages, on_read)
     if export:
@@ -162,10 +161,17 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
     return ExitCode.DONE
 
 
-def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) -> int:
+def _counted(pages: Iterable[list[Document]], path: Path, on_read: Callable[[int], None]) -> int:
     """Read every page and store nothing; return the number of documents."""
     read = 0
     for page in pages:
+        for number, document in enumerate(page, read + 1):
+            try:
+                is_storable = len(bson_encode(document)) <= MAX_BYTES
+            except ValueError:
+                is_storable = False
+            if not is_storable:
+                raise _not_storable(path, number)
         read += len(page)
         on_read(read)
     return read
@@ -330,11 +336,14 @@ async def _insert_page(store: DocumentStore, page: list[tuple[int, Document]], p
             try:
                 await store.insert_documents([document])
             except StoreRejectedError as exc:
-                raise ConfigurationError(
-                    f"{path}: document {number} cannot be stored in MongoDB (too large, or an unsupported value); correct "
-                    "or remove it."
-                ) from exc
+                raise _not_storable(path, number) from exc
         raise
+
+
+def _not_storable(path: Path, number: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path}: document {number} cannot be stored in MongoDB (too large, or an unsupported value); correct or remove it."
+    )
 
 
 def _samples(count: int | None, console: Console) -> Iterator[Document]:

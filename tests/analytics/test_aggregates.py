@@ -66,6 +66,19 @@ async def test_latest_correction_replaces_the_label_of_the_model(database: Place
     assert await analytics().corrected() == 1
 
 
+@pytest.mark.parametrize("odd", ["Complaint", None, 7])
+async def test_correction_of_a_result_without_labels_counts_alone(database: Place, analytics: Any, odd: Any) -> None:
+    """Another program may write anything as the classification. The other results still count, as does the decision."""
+    one, other = result({"topic": "A"}), result({"topic": "A"})
+    fill(database, [one | {"classification": odd}, other], [correction(one, "topic", "B", sampling_probability=0.1)])
+    opened = analytics()
+    for _ in range(2):  # from the results, then from the counts of days
+        assert (await opened.field_counts("topic")).total.labels == {"A": 1, "B": 1}
+        await opened.refresh(Slice(), lambda done, total: None)
+    assert await opened.gold_pairs("topic") == {}
+    assert len(await opened.examples(order="newest")) == 2
+
+
 async def test_label_filter_means_corrected_labels(database: Place, analytics: Any) -> None:
     """Also for the other fields, for pairs of fields, and if the corrected label is outside of the slice."""
     results = [result({"topic": "A", "sentiment": "Bad"}) for _ in range(4)]
@@ -132,6 +145,21 @@ async def test_channels_that_are_no_text_count_as_no_channel(database: Place, an
     assert {name: one.n for name, one in counts.channels.items()} == {NO_CHANNEL: 3, "email": 2}
     assert (await analytics().field_counts("topic", view=Slice(channel=NO_CHANNEL))).total.n == 3
     assert (await analytics().field_counts("topic", view=Slice(channel="email"))).total.n == 2
+
+
+async def test_each_channel_and_label_is_a_filter_that_finds_its_results(database: Place, analytics: Any) -> None:
+    """A link of the dashboard leads to the results that it counts. What no filter can name ends with an ellipsis."""
+    names = ["email", "Web  form", "x" * 200, "", "x" * 201, "a\tb", "…\n"]
+    fill(database, [result({"topic": name or "A"}, channel=name) for name in names for _ in range(2)])
+    counts = await analytics().field_counts("topic")
+    assert all(name.isprintable() and len(name) <= 200 for name in [*counts.channels, *counts.total.labels])
+    for channel, one in counts.channels.items():
+        found = (await analytics().field_counts("topic", view=Slice(channel=channel))).total.n
+        assert found == (0 if channel.endswith("…") else one.n), channel
+    for label, n in counts.total.labels.items():
+        found = (await analytics().field_counts("topic", view=Slice(labels=(("topic", label),)))).total.n
+        assert found == (0 if label.endswith("…") else n), label
+    assert sum(name.endswith("…") for name in counts.channels) == 3
 
 
 async def test_several_labels_of_a_field_count_each(database: Place, analytics: Any) -> None:

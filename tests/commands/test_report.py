@@ -71,11 +71,14 @@ def test_report_shows_shares_weeks_channels_changes_and_provenance(place: Site, 
 
 
 def test_week_after_an_outage_is_a_significant_change(place: Site, database: Place) -> None:
-    before = [result(LABELS | {"sentiment": "Positive"}, START) for _ in range(60)]
-    after = [result(LABELS, START + timedelta(days=7)) for _ in range(40)]
+    before = [
+        result(LABELS | {"sentiment": "Positive"}, START, confidence=0.9 if number else None) for number in range(60)
+    ]
+    after = [result(LABELS, START + timedelta(days=7), confidence=0.5) for _ in range(40)]
     database.sentimental_analysis.insert_many([*before, *after])
     ended = report(place)
     assert "2 significant changes against the period before." in ended.out
+    assert " 1 result has none." in page_of(place)
     rows = re.findall(r'<tr class="significant">.*?</tr>', page_of(place))
     assert [re.findall(r"<td[^>]*>(.*?)</td>", row)[:4] for row in rows] == [
         ["Negative", "0.0 %", "100.0 %", "+100.0"],

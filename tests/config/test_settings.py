@@ -9,10 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from config import Settings, load_settings
-from config.loading import DOTENV, variables_of
+from config.loading import DOTENV, load_part, variables_of
 from config.openai_settings import load_openai_settings
 from config.queries import PriorityRule
 from config.service_settings import load_service_settings
+from config.settings import settings_classes
 from error_handler import ConfigurationError
 from tests.cases import mostly_thorough
 from tests.config.values import read
@@ -319,6 +320,21 @@ def test_file_with_a_byte_order_mark_is_read(dotenv: Path) -> None:
     """Windows editors write one."""
     dotenv.write_text("\ufeffBATCH_SIZE=7\n", encoding="utf-8")
     assert load_settings(dotenv).batch_size == 7
+
+
+def test_tilde_in_a_path_is_the_home_directory(dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell does not expand it in a file."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    paths = [
+        (one, field)
+        for one in settings_classes()
+        for field, about in one.model_fields.items()
+        if "Path" in str(about.annotation) or field.endswith(("_file", "_dir", "_bundle"))
+    ]
+    assert len(paths) == 9
+    for one, field in paths:
+        dotenv.write_text(f"{variables_of(one, field)[0]}=~/x\n", encoding="utf-8")
+        assert str(getattr(load_part(one, dotenv), field)) == "/home/ann/x", field
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])

@@ -98,6 +98,14 @@ def test_error_names_file_and_entry(own: Path, old: str, new: str, named: str) -
     assert named in refusal(own)
 
 
+def test_unknown_key_of_a_label_is_named_once_and_ignored(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own.write_text(OWN.replace("Bill: money", "Bill: {definition: money, phrase: [invoice]}"))
+    for _ in range(2):
+        assert load_taxonomy(own).labels("topic") == (Label("Bill", "money"),)
+    (message,) = caplog.messages
+    assert message.startswith(f"In the taxonomy {own}, topics > Bill has the unknown key phrase, which is ignored;")
+
+
 @pytest.mark.parametrize(
     "content", [b"intents: [", b"\xff\xfe", b"", b"- a", b"!!python/object:os.system {}", b"a: &a [*a"]
 )

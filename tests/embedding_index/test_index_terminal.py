@@ -54,4 +54,4 @@ def test_hits_fit_the_terminal(site: IndexSite, columns: int) -> None:
     name = slice(header.index("name"), header.index("about"))
     whole = "".join("".join(line[name].split()) for line in lines)
     assert "a_table_with_a_name_that_is_far_longer_than_what_is_left_beside_the_text" in whole
-    assert "\\u001b[31m[red]name" in whole
+    assert "\\u001b[31m[red]name" in whole, shown.out

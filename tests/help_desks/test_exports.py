@@ -162,7 +162,7 @@ def test_deleted_message_of_chatwoot_is_left_out_of_lists_of_messages(tmp_path: 
     gone = {**row, "content": "This message was deleted", "content_attributes": {"deleted": True}}
     (document,), notes = read(write(tmp_path / "a.jsonl", f"{json.dumps(row)}\n{json.dumps(gone)}"))
     assert transcript(document) == ["Customer: hi"]
-    assert notes == ["1 message left out: it was deleted (line 2)"]
+    assert notes == ["1 message left out: deleted (line 2)"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_zendesk_table_has_a_ticket_in_each_row() -> None:
         },
     }
     assert transcript(documents[2]) == ["Customer: How do I change my address?"]
-    assert notes == ["1 conversation without a text; its subject is the text (line 6)"]
+    assert notes == ["1 conversation without a text; the subject is the text (line 6)"]
 
 
 def test_intercom_conversation_keeps_html_and_names_what_is_left_out() -> None:
@@ -219,8 +219,8 @@ def test_intercom_conversation_keeps_html_and_names_what_is_left_out() -> None:
     assert documents[0]["metadata"]["state"] == "closed"
     assert documents[1]["channel"] == "email"
     assert sorted(notes) == [
-        "1 event left out: it has no text, such as an assignment (line 1, conversations 1)",
-        "1 private note left out; --private-notes makes them turns of the agent (line 1, conversations 1)",
+        "1 event left out: no text, such as an assignment (line 1, conversations 1)",
+        "1 private note left out; --private-notes imports private notes as turns of the agent (line 1, conversations 1)",
     ]
 
 
@@ -238,7 +238,7 @@ def test_truncated_intercom_conversation_is_named(tmp_path: Path) -> None:
     record["conversation_parts"]["total_count"] = 700
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(record))
-    assert "1 conversation with fewer parts than its total_count; Intercom exports 500 (line 1)" in read(path)[1]
+    assert "1 conversation with fewer parts than total_count; Intercom exports 500 (line 1)" in read(path)[1]
 
 
 # Every other file
@@ -396,6 +396,6 @@ def test_record_of_another_shape_is_named(tmp_path: Path) -> None:
     documents, notes = read(write(tmp_path / "a.jsonl", "\n".join([lines[2], "[1]", '{"id": 5}'])))
     assert len(documents) == 1
     assert notes == [
-        "1 record left out: it is not a conversation of zendesk (line 2)",
-        "1 conversation left out: it has neither a message nor a subject (line 3)",
+        "1 record left out: no conversation of zendesk (line 2)",
+        "1 conversation left out: neither a message nor a subject (line 3)",
     ]

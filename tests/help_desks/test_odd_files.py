@@ -87,7 +87,7 @@ def test_messages_are_found_in_a_list_at_any_depth(tmp_path: Path) -> None:
     documents, notes = read(write(tmp_path / "a.json", records), maps=maps)
     assert list(map(transcript, documents)) == [["Customer: hi", "Agent: ho"], ["Customer: Lost parcel"]]
     assert documents[0]["metadata"] == {"embedded": {"page": 1}}
-    assert notes == ["1 conversation without a text; its subject is the text (element 2)"]
+    assert notes == ["1 conversation without a text; the subject is the text (element 2)"]
 
 
 def test_dates_behind_a_path_decide_about_day_and_month(tmp_path: Path) -> None:
@@ -177,6 +177,14 @@ def test_html_of_a_private_zendesk_comment_is_no_turn_of_the_customer(tmp_path: 
         ticket = {"id": 1, "subject": "Late", "description": description, "requester_id": 4, "comments": [note]}
         (document,), _ = read(write(tmp_path / "a.json", ticket))
         assert "vip" not in str(document)
+
+
+def test_entities_in_the_plain_body_of_zendesk_are_characters(tmp_path: Path) -> None:
+    comment = {"plain_body": "I&#39;m late&nbsp;&amp; <b>cold</b>", "html_body": "<p>&lt;b&gt;</p>", "author_id": 4}
+    only_html = {"html_body": "<p>a &lt;b&gt; c</p>", "author_id": 4}
+    ticket = {"id": 1, "requester_id": 4, "comments": [comment, only_html]}
+    (document,), _ = read(write(tmp_path / "a.json", ticket))
+    assert transcript(document) == ["Customer: I'm late & <b>cold</b>", "Customer: a <b> c"]
 
 
 @pytest.mark.parametrize("value", ["Internal note", "private_comment", "note_and_close", "Internal", "1.0", "WAHR"])

@@ -173,6 +173,12 @@ def test_hostile_labels_and_channels_are_only_text(service: ServiceProcess, data
         html = page(service, path)
         assert "<script>alert" not in html
         assert "&lt;script&gt;" in html
+    database["sentimental_analysis"].update_many(
+        {}, {"$set": {"classification.intent": "x" * 201, "conversation.channel": "a\nb"}}
+    )
+    html = page(service, "/charts?min=0")
+    for shown in ("x" * 198 + "…", "a b…"):  # a filter would find nothing
+        assert f"<li>{shown} 4</li>" in html
 
 
 def test_labels_require_a_key(service: ServiceProcess) -> None:

@@ -160,16 +160,25 @@ def test_answer_of_a_service_that_was_too_slow_does_not_replace_the_result(
 def test_conversation_that_ends_the_process_each_time_fails_in_the_end(
     site: Callable[..., Any], fake: FakeOllama, database: Data
 ) -> None:
-    """After three attempts without an end, it is not asked again, and the job is done."""
+    """After three attempts without an end, it is not asked again, and the job is done.
+
+    So is one that another version of the service has stored, in a form that this one does not read.
+    """
     with FakeOllama(slots=4, latency_s=60, user_message=0) as hanging, site(hanging) as service:
-        path = post(service, item(1)).headers["location"]
-        until(lambda: database[ITEMS].count_documents({"attempts": 1}) == 1)
+        path = post(service, item(1), item(2, id="two")).headers["location"]
+        until(lambda: database[ITEMS].count_documents({"attempts": 1}) >= 1)
         service.process.kill()
         service.process.wait()
-    database[ITEMS].update_one({}, {"$set": {"attempts": 3, "free_at": datetime.now(UTC)}})
+    now = datetime.now(UTC)
+    database[ITEMS].update_one({"position": 0}, {"$set": {"attempts": 3, "free_at": now}})
+    database[ITEMS].update_one({"position": 1}, {"$set": {"request.language": "en", "free_at": now}})
     with site(fake) as service:
-        result = done(service, path)["results"][0]
-    assert (result["status"], result["error"]["type"]) == (500, "InternalError")
+        results = done(service, path)["results"]
+    assert [(one["status"], one["error"]["type"]) for one in results] == [
+        (500, "InternalError"),
+        (422, "ValidationError"),
+    ]
+    assert (results[1]["id"], results[1]["conversation_number"]) == ("two", "2")
 
 
 def test_stopped_service_gives_back_what_it_holds(site: Callable[..., Any], fake: FakeOllama, database: Data) -> None:

@@ -237,5 +237,5 @@ def test_ticket_that_a_worker_has_in_work_is_named(site: Site) -> None:
         {"_id": document["_id"], "worker": "other", "expires_at": datetime.now(UTC) + timedelta(minutes=1)}
     )
     done = imported(site, table(site, ROWS + LATER[:1]), "--update")
-    assert "1 document that a worker had in work: it may label the text that it has read" in done.stderr
+    assert "1 document that a worker had in work: the worker may label the text that it has read" in done.stderr
     assert len(stored(site)[0]["messages"]) == 3
