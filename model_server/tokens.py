@@ -224,7 +224,7 @@ class TokenEstimator:
         shared = [_dot(row, prompt) for row in self._covariance]
         error = prompt_tokens - _dot(self._rates, prompt)
         total = _dot(shared, prompt) + noise**2
-        if error**2 > ODD**2 * total:  # base64, say: it must not change what is known about the instructions
+        if error**2 > ODD**2 * total:  # base64, say: it must not change what is known about other texts
             total += min(abs(error), expected) ** 2
         for row, weight in enumerate(shared):
             self._rates[row] = max(_FLOORS[row] / 2, self._rates[row] + weight / total * error)

@@ -169,7 +169,7 @@ def test_window_is_used_after_one_answer(tokenizer: str, kind: str) -> None:
 
 @pytest.mark.parametrize("tokenizer", mostly_thorough(TOKENIZERS, 3))
 def test_odd_text_does_not_spoil_the_estimate_of_others(tokenizer: str) -> None:
-    """Base64 has five times the tokens of English; the refusal of one such text says nothing about the instructions."""
+    """Base64 has five times the tokens of English; the refusal of one such text says nothing about English."""
     target = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "m", None, 4096, "10m")
     truncator, chance = TranscriptTruncator(SYSTEM), random.Random(3)
     blob = "".join(chance.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", k=20_000))
@@ -179,6 +179,7 @@ def test_odd_text_does_not_spoil_the_estimate_of_others(tokenizer: str) -> None:
     assert (
         tokens_of(tokenizer, truncator.fit_again(conversation, sent, target, refusal).transcript) <= 4096 - NUM_PREDICT
     )
+    assert not truncator.fit(conversation_of("english", 2, turns=65), target).is_trial  # it fits
     server = Server(tokenizer, 4096, truncator)
     assert LEAST_USE <= server.use_of(conversation_of("english", 2)) <= 1
     assert server.refusals <= 1
