@@ -28,6 +28,7 @@ ASKED = (CLASSIFY, BATCH, JOBS, SIMILAR)  # for callers, within their rate limit
 OF_MANY = (BATCH, JOBS)  # conversations in one body
 WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
+WRONG_KEYS_PER_MINUTE = 60  # per address; a right key always passes, so the length of keys is what keeps guesses out
 
 _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
@@ -63,6 +64,7 @@ class ServiceGate:
             DASHBOARD_EVENTS: settings.expose_dashboard,
         }
         self._rates = RateLimiter(settings.rate_limit_per_minute)
+        self._wrong_keys = RateLimiter(WRONG_KEYS_PER_MINUTE)
         self.stopping = False
 
     def admit(self, route: str, headers: Headers, client: Any) -> str:
@@ -81,10 +83,13 @@ class ServiceGate:
         exposure = self._exposure.get(route, "off")
         if exposure == "off":
             raise RequestError(NOT_FOUND)
+        address = str(client[0]) if client else ""
         caller = ANONYMOUS
         if self._keys and exposure == "key":
             known = self._keys.caller(headers)
             if known is None:
+                if presented_key(headers):
+                    self._wrong_keys.require(address)
                 raise RequestError(UNAUTHENTICATED)
             caller = known
         if route in ASKED:

@@ -199,7 +199,7 @@ async def ready(request: Request) -> Readiness:
     return Readiness(model=model.model)
 
 
-_metrics_responses = documented_errors(errors.UNAUTHENTICATED, errors.WRONG_HOST, errors.INTERNAL)
+_metrics_responses = documented_errors(errors.UNAUTHENTICATED, errors.TOO_MANY, errors.WRONG_HOST, errors.INTERNAL)
 _metrics_responses[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 

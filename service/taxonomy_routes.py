@@ -57,7 +57,7 @@ class LabelsResponse(BaseModel):
 
 
 _ETAG = {"ETag": {"schema": {"type": "string"}, "description": "changes with the taxonomy"}}
-_responses = documented_errors(errors.UNAUTHENTICATED, errors.WRONG_HOST, errors.INTERNAL)
+_responses = documented_errors(errors.UNAUTHENTICATED, errors.WRONG_HOST, errors.TOO_MANY, errors.INTERNAL)
 _responses[200]["headers"] = {**_responses[200]["headers"], **_ETAG}
 _responses[304] = {"description": "the taxonomy is the one of If-None-Match", "headers": _responses[200]["headers"]}
 

@@ -16,10 +16,10 @@ from config.service_settings import load_service_settings
 from error_handler import ConfigurationError, RequestError
 from network.addresses import is_loopback
 from service import access as rate_limit
-from service.access import KeyRing, RateLimiter
+from service.access import CLASSIFY, WRONG_KEYS_PER_MINUTE, KeyRing, RateLimiter, ServiceGate
 from service.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Deadlines, IdempotencyStore
 from service.body_limits import check_json_object
-from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_SLOW
+from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_MANY, TOO_SLOW, UNAUTHENTICATED
 
 
 class Clock:
@@ -276,6 +276,24 @@ def test_only_the_complete_key_is_valid(presented: str) -> None:
     ring = KeyRing([("helpdesk", key)])
     expected = "helpdesk" if presented == key else None
     assert ring.caller({b"x-api-key": presented.encode()}) == expected
+
+
+def test_wrong_keys_are_limited_per_address() -> None:
+    """The valid key, a request without a key, and other addresses are not affected."""
+    key = "0123456789abcdef"
+    gate = ServiceGate(load_service_settings(None, keys=f"helpdesk:{key}"))
+
+    def refusal(headers: dict[bytes, bytes], address: str = "192.0.2.1") -> object:
+        with pytest.raises(RequestError) as refused:
+            gate.admit(CLASSIFY, headers, (address, 50_000))
+        return refused.value.kind
+
+    guesses = [refusal({b"x-api-key": b"guess-%d" % number}) for number in range(2 * WRONG_KEYS_PER_MINUTE)]
+    assert guesses[:WRONG_KEYS_PER_MINUTE] == [UNAUTHENTICATED] * WRONG_KEYS_PER_MINUTE
+    assert guesses[-1] is TOO_MANY
+    assert refusal({}) is UNAUTHENTICATED
+    assert refusal({b"x-api-key": b"guess"}, "192.0.2.2") is UNAUTHENTICATED
+    assert gate.admit(CLASSIFY, {b"x-api-key": key.encode()}, ("192.0.2.1", 50_000)) == "helpdesk"
 
 
 @pytest.mark.parametrize(
