@@ -177,7 +177,7 @@ def test_state_of_the_product_is_set_where_it_is(site: Site) -> None:
     path.write_text(json.dumps({"_id": 1, "messages": turns}))
     site.source.insert_one({"_id": 1, "messages": turns[:1], "status": "solved"})
     named = imported(site, path, "--update").stderr
-    assert "1 document with new turns and a status of another program, so no run selects it;" in named
+    assert "1 document with new turns and a status of another program, which no run selects;" in named
     site.source.update_one({"_id": 1}, {"$set": {"messages": turns[:1], "triad": "failed", "triad_reason": "timeout"}})
     assert imported(site, path, "--update", STATUS_FIELD="triad").stderr == ""
     document = site.source.find_one({"_id": 1})
