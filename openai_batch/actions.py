@@ -374,7 +374,6 @@ def require_affordable(made: Preview, most_usd: float) -> None:
         )
     if made.usd > most_usd:
         raise JobCostError(
-                    made.add(document, store.handling, config)
-            on_progress(f"{counted(made.documents, 'document')} read")
+            f"{counted(made.documents + made.waiting, 'document')} may cost up to {dollars(made.usd)} US dollars, more than "
             f"--max-cost {most_usd:g}; reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
         )
