@@ -215,17 +215,22 @@ def asked(fake: FakeOllama, *lines: str) -> int:
     return int(fake.stats()["calls_by_sha"].get(text_sha256(message), 0))
 
 
-def test_zendesk_ticket_is_labelled_once(service: ServiceProcess, fake: FakeOllama, tmp_path: Path) -> None:
-    """Only the first attempt of an event calls the model; no text is printed; nothing is written back."""
-    with receiver("zendesk", service, tmp_path) as example:
+def test_zendesk_ticket_is_labelled_once(
+    service: ServiceProcess, fake: FakeOllama, help_desk: Any, tmp_path: Path
+) -> None:
+    """Only the first attempt of an event calls the model; no text is printed; nothing is written back without --write."""
+    vendor_url = f"http://127.0.0.1:{help_desk.server_address[1]}"
+    flags = ["--token-file", str(tmp_path / "token"), "--vendor-url", vendor_url]
+    with receiver("zendesk", service, tmp_path, *flags) as example:
         event = zendesk_event("comment_added", **comment("We will look for it."))
         body = json.dumps(event).encode()
         for _ in range(2):
             assert example.send(event, signed_by_zendesk(body)) == 200
         until(lambda: example.said.count("dry run") == 2)
+    assert help_desk.received == []
     assert fake.stats()["chat_requests"] == 1
     assert 'zendesk 5158: {"intent": ' in example.said
-    assert "PUT https://SUBDOMAIN.zendesk.com/api/v2/tickets/5158/tags" in example.said
+    assert f"PUT {vendor_url}/api/v2/tickets/5158/tags" in example.said
     assert "parcel" not in example.said
     assert "categorization" not in example.said
     assert asked(fake, "Customer: My parcel is three weeks late.", "Agent: We will look for it.") == 1
