@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from aggregator import aggregate_conversation
 from config import Settings
 from domain.conversation import Conversation, Outcome
-from domain.text import counted
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
@@ -385,7 +384,7 @@ async def preview(
         report.update(selected=len(page), already_done=len(done))
         if time.monotonic() - shown_s >= LINE_EVERY_S:
             shown_s = time.monotonic()
-            tell(f"dry run: {counted(report['selected'], 'document')} read")
+            tell(f"dry run: {report['selected']:,} documents read")
         for document in page:
             if id_key(document["_id"]) in done:
                 continue
