@@ -156,7 +156,7 @@ def problem_of(exc: BaseException, url: str, setting: str = "the address") -> st
 def origin(url: str) -> str:
     """Return *url* without its path, which may hold a key: for messages and logs."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:
