@@ -85,7 +85,7 @@ def main() -> int:
         except WorkerFailedError as exc:
             print(f"benchmarks: {name}: {exc}", file=sys.stderr)
             return 2
-        # Of a virtual machine, the host's other guests take time, which lengthens latencies.
+        # On a virtual machine, other guests of the host take processor time, which lengthens latencies.
         stolen = getattr(psutil.cpu_times_percent(), "steal", 0.0)
         took = f"{name}: {time.monotonic() - start:.0f} s, load average before {load:.2f}"
         print(f"{took}, {stolen:.1f} % of the processors' time taken by other guests", file=sys.stderr)

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """Return the question whether *word* stands for the most similar one of *words*; empty if none is similar."""
+    """Return " Did you mean ...?" with the one of *words* that is most like *word*; empty if none is similar."""
     import difflib  # noqa: PLC0415 - only for an error
 
     close = difflib.get_close_matches(word, list(words), 1)

@@ -198,7 +198,7 @@ class _Asker:
         async with self._slots:
             try:
                 return (await self._window.classify(classifier, conversation, 0)).classification
-            except LLMModelError:  # no answer will come, to none of them
+            except LLMModelError:  # no conversation will get an answer
                 raise
             except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
                 return None

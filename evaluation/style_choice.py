@@ -213,7 +213,7 @@ class _Trial:
     async def _answer(self, classifier: Classifier, conversation: Conversation) -> Outcome | None:
         try:
             return await self._window.classify(classifier, conversation, 0)
-        except LLMModelError:  # no answer will come, to none of them
+        except LLMModelError:  # no conversation will get an answer
             raise
         except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
             return None

@@ -305,7 +305,7 @@ class Preview:
         }
 
     def count(self, model: str, prompt_tokens: int, reply_tokens: int) -> None:
-        """Count the tokens of a request to *model*, or of some, which may all be those of one."""
+        """Count the tokens of one or several requests to *model*; the longest prompt may have all of *prompt_tokens*."""
         prompt, reply, longest = self.usage.get(model, (0, 0, 0))
         self.usage[model] = (prompt + prompt_tokens, reply + reply_tokens, max(longest, prompt_tokens))
 

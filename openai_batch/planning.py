@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5
 TOKENS_PER_MESSAGE = 4
-# What one token has at most: JSON, numbers and ids have few bytes for each token.
+# The longest text that one token can stand for: JSON, numbers and ids have few bytes per token.
 _PIECE = re.compile(rb"[A-Za-z]{1,7}|[0-9]{1,3}|[!-/:-@\[-`{-~]|[\x80-\xff]{1,3}|\n+| (?=[0-9])")
 
 
@@ -267,7 +267,7 @@ class JobSender:
     async def _reason_to_give_up(self, shard: Shard) -> str | None:
         """Return why the file of *shard*, perhaps of an earlier start, must not be sent; None if it may be."""
         items = list(self._ledger.items(shard.number, ItemState.SUBMITTED))
-        if self._context.config.mask_pii and not items[0].is_masked:
+        if self._context.config.mask_pii and any(not item.is_masked for item in items):
             return "it was made without --mask-pii"
         if await self._context.store.count_claims(items) < len(items):  # they are sent, and paid for, in another file
             return "another program has changed the status of documents in it"

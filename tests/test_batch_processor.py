@@ -58,7 +58,7 @@ async def test_process_batch_classifies_the_given_documents_only(site: Site) -> 
 
 
 async def test_process_batch_keeps_the_checkpoint_of_an_interrupted_run(site: Site) -> None:
-    """Otherwise the next ``--reprocess`` would begin anew."""
+    """Without it, the next ``--reprocess`` would label all documents again."""
     documents = [conversation(number) for number in range(2)]
     site.source.insert_many(documents)
     async with processor_of(site) as processor:

@@ -53,7 +53,7 @@ class LeftOut:
         return not self.done and any((self.foreign, self.elsewhere, self.failed, self.skipped))
 
     def hint_if_none(self, settings: Settings, queued: int) -> str | None:
-        """Return what to do if a run that has selected nothing left out nothing, *queued* documents included; else None."""
+        """Return what to do if there are no documents at all, not even *queued* ones; else None."""
         if queued or self != LeftOut():
             return None
         return (

@@ -182,7 +182,7 @@ def test_invalid_value_names_the_setting(argv: list[str], named: str) -> None:
     ],
 )
 def test_invalid_name_is_explained_in_words(flag: str, value: str, problem: str) -> None:
-    """Not by a regular expression, and not by other settings that depend on it."""
+    """The message has neither a regular expression nor the settings that depend on the wrong one."""
     with pytest.raises(ConfigurationError) as caught:
         settings_of(flag, value)
     assert str(caught.value) == f"Wrong setting: {problem}"
