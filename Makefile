@@ -6,7 +6,7 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve index test test-fakes test-platforms check torture bench clean
+.PHONY: help venv run serve index test test-fakes test-thorough check torture bench clean
 
 # Settings of pip for other places (also in pip.conf) would break the installation into .venv.
 export PIP_USER = 0
@@ -59,10 +59,10 @@ index: .venv/index.stamp ## index and search a sample database with the local mo
 			'  everything else         docs/embedding-index.md')
 
 # Tests start many interpreters; without cached bytecode each compiles every module again.
-test test-fakes torture: export PYTHONDONTWRITEBYTECODE =
+test test-fakes test-thorough torture: export PYTHONDONTWRITEBYTECODE =
 
 # The product and MongoDB sync each write to the disk. Where memory has 4 GB to spare for files, the tests write there.
-test test-fakes: export TMPDIR := $(or $(TMPDIR),$(shell df -k --output=avail /dev/shm 2> /dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}'))
+test test-fakes test-thorough: export TMPDIR := $(or $(TMPDIR),$(shell df -k --output=avail /dev/shm 2> /dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}'))
 
 # Many tests wait for processes, timeouts and outages, so two processors can run four tests at a time.
 test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
@@ -71,9 +71,8 @@ test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other tests use; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
-test-platforms: .venv/dev.stamp .venv-prefect/run.stamp ## run the worker once on Prefect and once on Ray; ARGS is for pytest
-	$(venv_python) -m pytest -m thorough tests/deploy/test_scheduling.py \
-		tests/cluster/test_ray.py::test_run_on_a_cluster_of_its_own $(ARGS)
+test-thorough: .venv/dev.stamp .venv-prefect/run.stamp ## run the tests that `make test` leaves out; ARGS is for pytest
+	$(venv_python) -m pytest -n 4 --dist worksteal -m thorough $(ARGS)
 
 check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .

@@ -137,6 +137,7 @@ def test_drift_withdraws_the_student_for_good(school: School) -> None:
     assert "takes no more conversations" in site.run("student", "report").out
 
 
+@pytest.mark.thorough
 def test_withdrawn_student_labels_no_identical_conversation(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers from before the drift are not copied: the model labels the rest of the run."""
     site, model = school

@@ -24,6 +24,8 @@ from tests.worker.stream_site import following, grow, has_result, until
 from worker.intake import RunOptions
 from worker.stream import StreamIntake
 
+pytestmark = pytest.mark.thorough
+
 STREAM = ("--mode", "stream", "--settle-s", "0")
 
 
@@ -52,12 +54,11 @@ def kill_while_it_follows(site: Site, seam: str) -> None:
     assert requests(site) in (3, 4, 5)  # each of the two calls in flight may be repeated
 
 
-@pytest.mark.parametrize("seam", [pytest.param("answered", marks=pytest.mark.thorough), "results_written"])
+@pytest.mark.parametrize("seam", ["answered", "results_written"])
 def test_killed_worker_loses_nothing_and_does_nothing_twice(there: Site, seam: str) -> None:
     kill_while_it_follows(there, seam)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "seam", ["claimed", "pending_saved", "started", "asked", "answer_received", "before_write", "marked", "completed"]
 )
@@ -143,7 +144,6 @@ async def test_what_changes_while_the_network_is_cut_is_found_afterwards(
     assert requests(there) == 3
 
 
-@pytest.mark.thorough
 async def test_two_workers_share_the_stream(there: Site) -> None:
     """Both see each change, and one of them labels the conversation."""
     async with following(there), following(there.sibling("second")):
@@ -186,7 +186,6 @@ def test_sweep_finds_what_no_change_announced(there: Site, monkeypatch: pytest.M
     asyncio.run(follow())
 
 
-@pytest.mark.thorough
 async def test_primary_of_three_members_is_killed(model: FakeOllama, tmp_path: Path) -> None:
     """Another member becomes primary; each conversation gets one result, before, during and after it."""
     arguments = ("--replSet", "three", "--oplogSize", "64")

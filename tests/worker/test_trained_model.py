@@ -1,7 +1,7 @@
 """Worker, service and synchronous wrapper with a model that was trained: SmolLM2 on llama.cpp.
 
-Reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process with another engine.
-So one test has everything that needs answers and is not marked thorough.
+All are thorough: reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process
+with another engine.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tests.fakes.trained_model import (
 )
 from tests.service.service_process import serve
 from tests.worker.engine_run import SAMPLES, run_worker
+
+pytestmark = pytest.mark.thorough
 
 WHOLE_RUN_S = 500.0
 SMALL_WINDOW, LARGE_WINDOW = 1536, 4096
@@ -148,7 +150,6 @@ def test_conversation_has_no_control_tokens_of_the_model(trained: TinyEngine, ta
         assert len(controls(chat_messages(build_system_prompt(taxonomy), raw))) > len(template) == 5, token
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_conversation_is_truncated_after_a_refusal(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
@@ -181,7 +182,6 @@ def large() -> Iterator[TinyEngine]:
         yield running
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("with_shipped_labels", [False, True], ids=["few labels", "labels as shipped"])
 def test_worker_labels_more_conversations(
@@ -206,7 +206,6 @@ def test_worker_labels_more_conversations(
         assert seen["prompt_tokens"] == len(prompt_tokens(large, messages))
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_long_conversation_uses_a_large_window(
     large: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
