@@ -161,22 +161,24 @@ class JobSender:
         Raises JobValidationError if the collection is not the one that the open batches were made from.
         """
         context = self._context
+        is_found = False
+        for unfinished in context.folder.glob(f"*{UNFINISHED}"):
+            unfinished.unlink(missing_ok=True)
+        async for page in context.store.claims_of(context.job_id):
+            known = self._ledger.find([custom_id for _, custom_id in page])
+            is_found = is_found or bool(known)
+            left = [(document_id, custom_id) for document_id, custom_id in page if custom_id not in known]
+            if left:
+                logger.info("%d documents of an unfinished file are pending again", len(left))
+                await context.store.give_back(left)
         is_open = any(any(self._ledger.items(shard.number, ItemState.SUBMITTED)) for shard in self._ledger.shards(OPEN))
-        if is_open and not await context.store.has_trace_of(context.job_id):
+        if is_open and not is_found and not await context.store.has_trace_of(context.job_id):
             raise JobValidationError(
                 f"this job has open batches, but no document of {context.config.source} at "
                 f"{hosts_of(context.config.database.uri.get_secret_value())} was sent by it, so the answers would be lost. Set "
                 "MONGODB_URI to the server that the documents were sent from. If they are gone from it, wait until the batches "
                 f"have ended at OpenAI, then move {context.folder} away."
             )
-        for unfinished in context.folder.glob(f"*{UNFINISHED}"):
-            unfinished.unlink(missing_ok=True)
-        async for page in context.store.claims_of(context.job_id):
-            known = self._ledger.find([custom_id for _, custom_id in page])
-            left = [(document_id, custom_id) for document_id, custom_id in page if custom_id not in known]
-            if left:
-                logger.info("%d documents of an unfinished file are pending again", len(left))
-                await context.store.give_back(left)
 
     async def plan(self, limit: int | None = None) -> int:
         """Make shards of the pending documents (at most *limit*) until stopped; return the number of documents in them."""
