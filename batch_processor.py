@@ -192,8 +192,7 @@ class BatchProcessor:
             return None
         from student.choice import open_first_answer  # noqa: PLC0415 - its packages are optional
 
-        directory = self.settings.batch_files_dir
-        student, log = await asyncio.to_thread(open_first_answer, directory, promise, plan, taxonomy, self._tell)
+        student, log = await asyncio.to_thread(open_first_answer, self.settings, promise, plan, taxonomy, self._tell)
         stack.callback(log.close)
         return student
 

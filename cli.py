@@ -156,7 +156,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         elif settings.mode in ("continuous", "stream") and (options.reprocess or options.retry_failed):
             after = replace(options, reprocess=False, retry_failed=False)  # each pass would repeat all of them
         if settings.reply_style == "auto" and not parts and not arguments.dry_run:
-            await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
+            await _settle_style(settings, options)
         if arguments.dry_run:
             from commands.dry_run import dry_run  # noqa: PLC0415 - only for this flag
 
@@ -188,14 +188,15 @@ async def _on_ray(arguments: argparse.Namespace, settings: Settings, options: Ru
     return ExitCode.INCOMPLETE if is_fruitless(stats) and not stats["exit_code"] else ExitCode(stats["exit_code"])
 
 
-async def _settle_style(settings: Settings, *, has_work: bool) -> None:
-    """Measure which style ``--reply auto`` stands for, unless it is known."""
+async def _settle_style(settings: Settings, options: RunOptions) -> None:
+    """Measure which style ``--reply auto`` stands for, unless it is known, or a run with *options* has nothing to do."""
     from commands.evaluate import INSTALL, NEEDED  # noqa: PLC0415
 
     flags.require_packages("--reply auto", NEEDED, INSTALL)
     from evaluation.style_choice import settle_style  # noqa: PLC0415 - only for --reply auto
 
-    await settle_style(settings, tell_line, has_work=has_work)
+    has_work = bool(options.only or options.reprocess or options.retry_failed)
+    await settle_style(settings, tell_line, options.subset, has_work=has_work)
 
 
 async def _embedded(
@@ -222,8 +223,9 @@ async def _embedded(
     taxonomy = load_taxonomy(settings.taxonomy_file)
     replaced: dict[str, Any] = {"processing_metadata.model_used": {"$in": BUILT_IN_MODELS}}
     if model is None:
+        is_object = {"$eq": [{"$type": "$classification"}, "object"]}  # another program may have changed it
         keys = {"$map": {"input": {"$objectToArray": "$classification"}, "in": "$$this.k"}}
-        replaced["$expr"] = {"$not": {"$setEquals": [keys, list(taxonomy.keys)]}}
+        replaced["$expr"] = {"$cond": [is_object, {"$not": {"$setEquals": [keys, list(taxonomy.keys)]}}, False]}
     store = DocumentStore(settings)
     try:
         await store.check()
@@ -343,7 +345,8 @@ async def _report(
     console = Console(soft_wrap=True, emoji=False, highlight=sys.stdout.isatty())
     summary.print_run(console, stats, settings)
     if arguments.embedded and processor is not None:
-        results = await processor.store.read_results([], 10_000)
+        found = await processor.store.read_results([], 10_000)
+        results = [one for one in found if isinstance(one.get("classification"), dict)]
         stored = RunStats()
         for result in results:
             stored.count_labels(result["classification"])

@@ -27,6 +27,7 @@ from error_handler import (
     LLMModelError,
     LLMRejectedError,
     LLMReplyError,
+    LLMUnavailableError,
     SkippedDocumentError,
 )
 from model_server.models import chat_target
@@ -56,6 +57,7 @@ DEFAULT_LIMIT = 80
 PAGE = 50
 NO_SUMMARY = "Customer support conversation."  # of a conversation that the model gave no usable answer for
 LINE_EVERY_S = 5.0
+MOST_LOST = 3  # calls without an answer, for example for a timeout; more end the measurement
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -110,20 +112,22 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _reviewed(store: DocumentStore, settings: Settings, taxonomy: Taxonomy) -> list[Reviewed]:
     """Return the reviewed conversations with the decisions whose labels are in *taxonomy*; none is an example already."""
-    known = {example.source for example in taxonomy.examples}
     names = {name: set(taxonomy.names(name)) for name in taxonomy.field_names}
     by_conversation: dict[bytes, list[Correction]] = {}
     async for one in CorrectionStore(store, settings).read_all():
         by_conversation.setdefault(id_key(one.source_conversation_id), []).append(one)
-    decided = [found for found in by_conversation.values() if canonical(found[0].source_conversation_id) not in known]
+    decided = list(by_conversation.values())
     reviewed = []
     for start in range(0, len(decided), PAGE):
         ids = [found[0].source_conversation_id for found in decided[start : start + PAGE]]
         for document in await store.read_documents("all", ids):
             with contextlib.suppress(SkippedDocumentError):
+                conversation = aggregate_conversation(document)
+                if taxonomy.is_example(canonical(document["_id"]), conversation.transcript_sha256):
+                    continue
                 labels, was = latest_decisions(by_conversation[id_key(document["_id"])])
                 labels = {name: label for name, label in labels.items() if _are_known(label, names.get(name, set()))}
-                reviewed.append(Reviewed(document["_id"], aggregate_conversation(document), labels, was))
+                reviewed.append(Reviewed(document["_id"], conversation, labels, was))
     return reviewed
 
 
@@ -148,9 +152,8 @@ class _Examples:
         mask = self._masking.of(texts, source)
         transcript, *summary = map(mask.hide, texts)
         kept = {name: answer[name] for name in self._taxonomy.field_names if name in answer}
-        return Example(
-            transcript, {**dict(zip(["categorization"], summary, strict=False)), **kept, **one.labels}, source
-        )
+        answer = {**dict(zip(["categorization"], summary, strict=False)), **kept, **one.labels}
+        return Example(transcript, answer, source, one.conversation.transcript_sha256)
 
 
 class _Asker:
@@ -163,7 +166,7 @@ class _Asker:
         self._style = style_of(settings, window.target, taxonomy)
         self._slots = asyncio.Semaphore(settings.most_concurrent)
         self._most = most
-        self._done = 0
+        self._done = self._lost = 0
         self._shown_s = time.monotonic()
 
     @classmethod
@@ -201,6 +204,11 @@ class _Asker:
             except LLMModelError:  # no conversation will get an answer
                 raise
             except (LLMReplyError, LLMRejectedError, SkippedDocumentError):
+                return None
+            except LLMUnavailableError:
+                self._lost += 1
+                if self._lost > MOST_LOST:
+                    raise
                 return None
             finally:
                 self._done += 1

@@ -15,6 +15,7 @@ from domain.text import counted
 from embedded.minilm import open_encoder
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
+from student.choice import require_one_model
 from student.model import TRAIN, load_student, save_student
 from student.places import create_folder, student_path, vectors_path
 from student.training import train
@@ -25,6 +26,7 @@ from worker.plan import ask_plan
 
 async def train_student(settings: Settings, limit: int) -> int:
     """Train a student on the *limit* newest results, store it in the state directory, and print its report."""
+    require_one_model(settings)
     taxonomy = load_prompt_taxonomy(settings)
     create_folder(settings.batch_files_dir)
     store = DocumentStore(settings)

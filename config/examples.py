@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from config.settings import Settings
@@ -44,7 +45,7 @@ def load_examples(path: Path | None) -> tuple[Example, ...]:
 
 def examples_json(examples: tuple[Example, ...]) -> str:
     """Return the content of a file for ``load_examples``."""
-    entries = [{"transcript": one.transcript, "answer": one.answer, "source": one.source} for one in examples]
+    entries = [asdict(one) for one in examples]
     return json.dumps({"examples": entries}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -52,4 +53,6 @@ def _example(entry: dict[str, object]) -> Example:
     transcript, answer, source = entry["transcript"], entry["answer"], entry["source"]
     if not isinstance(transcript, str) or not isinstance(source, str) or not isinstance(answer, dict):
         raise TypeError("not an example")
-    return Example(transcript, answer, source)
+    # Files of earlier versions do not have the hash; it is that of the text where nothing was masked.
+    known = entry.get("input_sha256") or hashlib.sha256(transcript.encode()).hexdigest()
+    return Example(transcript, answer, source, str(known))

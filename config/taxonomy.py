@@ -44,12 +44,13 @@ class Example:
     """A conversation and its right answer, for the prompt.
 
     *transcript* has masked personal data. *answer* has the keys of a model's answer. *source* is the ``_id`` of the
-    conversation as canonical Extended JSON: it is never gold for this prompt.
+    conversation as canonical Extended JSON, *input_sha256* its ``transcript_sha256``, empty if it is unknown.
     """
 
     transcript: str
     answer: dict[str, Any]
     source: str
+    input_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,10 @@ class Taxonomy:
     def keys(self) -> tuple[str, ...]:
         """The keys of a model's answer: the categorization first, if there is one, then the fields."""
         return ("categorization", *self.field_names) if self.has_categorization else self.field_names
+
+    def is_example(self, source: str, input_sha256: str) -> bool:
+        """Return whether the conversation *source*, or one with its text, is an example: it is never gold for this prompt."""
+        return any(one.source == source or one.input_sha256 == input_sha256 != "" for one in self.examples)
 
     def field(self, name: str) -> Field:
         """Return the field *name*, one of ``field_names``."""

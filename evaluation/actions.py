@@ -151,9 +151,13 @@ class Evaluation:
         self, pairs: Sequence[tuple[GoldEntry, Labelled]]
     ) -> tuple[list[tuple[GoldEntry, Labelled]], list[Problem]]:
         """Return *pairs* without the conversations that the prompt has as examples, and these as problems."""
-        examples = {example.source for example in self._taxonomy.examples}
-        shown = [Problem("example", entry.place) for entry, one in pairs if canonical(one.document_id) in examples]
-        return [pair for pair in pairs if canonical(pair[1].document_id) not in examples], shown
+        kept, shown = [], []
+        for entry, one in pairs:
+            if self._taxonomy.is_example(canonical(one.document_id), one.input_sha256):
+                shown.append(Problem("example", entry.place))
+            else:
+                kept.append((entry, one))
+        return kept, shown
 
     async def _inside(self, conversations: list[Labelled]) -> set[bytes]:
         """Return the keys of those *conversations* that are in the subset; without one, of all."""

@@ -53,6 +53,8 @@ class Gold:
             found = spelling.read(name, value)
             if found is None:
                 self.problems.append(Problem("outside", place, f"{name} {one_line(str(value), 60)}"))
+            elif name in spelling.single and len(found) != 1:
+                self.problems.append(Problem("not_one", place, f"{name} {one_line(str(value), 60)}"))
             else:
                 labels[name] = found
         value = next((document[name] for name in ID_FIELDS if not _is_blank(document.get(name))), None)
@@ -95,7 +97,7 @@ def read_gold_file(path: Path, spelling: Spelling) -> Gold:
 
 def require_labels(gold: Gold, spelling: Spelling) -> None:
     """Raise ConfigurationError if no entry of *gold* has a field of the taxonomy."""
-    if not gold.entries and not any(problem.kind == "outside" for problem in gold.problems):
+    if not gold.entries and not any(problem.kind in ("outside", "not_one") for problem in gold.problems):
         raise ConfigurationError(
             f"{gold.source} has no gold labels; expected _id or conversation_number, and one or more of the fields "
             f"{', '.join(spelling.fields)}."

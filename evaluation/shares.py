@@ -73,7 +73,8 @@ def field_shares(name: str, rows: Sequence[Row], counts: Counter[Labels], known:
         table = Counter((label in gold, label in model) for gold, model in pairs.elements())
         agreement = Agreement(table[True, True], table[True, False], table[False, True], table[False, False])
         gold_share = proportion(agreement.both + agreement.only_gold, n)
-        without_gold = in_model - agreement.both - agreement.only_model
+        # Results may have been deleted, or labelled again, between the two reads.
+        without_gold = min(max(0, in_model - agreement.both - agreement.only_model), total - n)
         combined = prediction_powered(agreement, without_gold, total - n) if n and total > n else gold_share
         figures.append(ShareFigures(label, in_model / total if total else 0.0, gold_share, combined))
     return FieldShares(name, n, total, figures)

@@ -17,7 +17,7 @@ from utils.retry_utils import RetryPolicy
 PAGE = 1000
 LABEL_FIELDS = (
     *("source_conversation_id", "conversation_number", "classification"),
-    *(f"processing_metadata.{name}" for name in ("confidence", "model_used", "fingerprint")),
+    *(f"processing_metadata.{name}" for name in ("confidence", "model_used", "fingerprint", "input_sha256")),
 )
 
 

@@ -25,7 +25,7 @@ from config import Settings, Taxonomy, load_prompt_taxonomy
 from domain.conversation import SOURCE_FIELDS, Conversation, Outcome
 from domain.reply_style import ReplyStyle
 from domain.text import counted
-from error_handler import LLMModelError, LLMRejectedError, LLMReplyError, SkippedDocumentError
+from error_handler import LLMModelError, LLMRejectedError, LLMReplyError, LLMUnavailableError, SkippedDocumentError
 from evaluation.corrections import read_corrections
 from evaluation.fresh_run import choose, read_sources
 from evaluation.gold import match
@@ -35,10 +35,12 @@ from evaluation.values import Estimate, Labels, Spelling
 from model_server.window import tokens_needed
 from mongo_client import DocumentStore
 from storage.extended_json import Document, canonical, id_key
+from storage.subset import ALL, Subset
 from utils.retry_utils import RetryPolicy
 from worker.plan import open_client, run_window
 from worker.reply_choice import can_score, store_choice, stored_choice
 from worker.shared_window import loaded_window
+from worker.subset import require_query
 
 if TYPE_CHECKING:
     from worker.shared_window import Window
@@ -48,6 +50,7 @@ SAMPLE, GOLD = 200, 200  # conversations
 LEAST_AGREEMENT, MOST_LOSS = 0.95, 0.05
 LEAST_SAMPLE = 59  # the bound cannot reach LEAST_AGREEMENT with fewer
 LINE_EVERY_S = 5.0
+MOST_LOST = 3  # calls without an answer, for example for a timeout; more end the measurement
 
 Tell = Callable[[str], None]
 Judged = tuple[Conversation, Mapping[str, Labels]]  # with gold labels of some of its fields
@@ -74,20 +77,22 @@ def loses_nothing(change: Estimate) -> bool:
     return change.n >= LEAST_SAMPLE and (change.value or 0.0) >= 0 and (change.low or 0.0) > -MOST_LOSS
 
 
-async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False) -> None:
+async def settle_style(settings: Settings, tell: Tell, subset: Subset = ALL, *, has_work: bool = False) -> None:
     """Measure which style ``auto`` stands for, unless that is stored; *tell* gets what is found.
 
-    Nothing is measured if no document is pending, except if the run *has_work* all the same.
+    Nothing is measured if no document of *subset* is pending, except if the run *has_work* all the same.
 
     Raises:
+        ConfigurationError: MongoDB does not understand the query of *subset*.
         LLMError: The model server is away, or does not have the model.
         StoreError: MongoDB is not reachable.
     """
     taxonomy = load_prompt_taxonomy(settings)
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=subset)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         await store.check()
+        await require_query(store, subset.condition, "--filter")
         if not has_work and not await store.count("sweep"):
             return
         client = await open_client(stack, settings, settings.most_concurrent)
@@ -122,6 +127,7 @@ class _Trial:
         self._at_once = 4 if settings.max_concurrent == "auto" else settings.max_concurrent
         self._shown_s = time.monotonic()
         self._full_on_gold: list[Outcome | None] = []
+        self._lost = 0
 
     async def choice(self, sample: Sequence[Conversation], gold: Sequence[Judged]) -> dict[str, object]:
         """Return the style to use, and what was found about each that was tried."""
@@ -177,12 +183,12 @@ class _Trial:
     async def _ask(self, style: ReplyStyle, conversations: Sequence[Conversation]) -> list[Outcome | None]:
         """Return the answers about *conversations*, None without a usable one."""
         answers = await self._asked(style, conversations, [])
-        return [answers[place] for place in range(len(conversations))]
+        return [answers.get(place) for place in range(len(conversations))]
 
     async def _asked(
         self, style: ReplyStyle, conversations: Sequence[Conversation], reference: Sequence[Outcome | None]
     ) -> dict[int, Outcome | None]:
-        """Return the answers about *conversations* by their place, None without a usable one.
+        """Return the answers about *conversations* by their place, None without a usable one; lost calls have no place.
 
         With *reference*, it ends as soon as so many differ from it that the bound cannot be reached.
         """
@@ -195,7 +201,13 @@ class _Trial:
             for index in waiting:
                 if reference and Agreement(len(conversations) - differing, len(conversations)).low < LEAST_AGREEMENT:
                     return
-                answers[index] = await self._answer(classifier, conversations[index])
+                try:
+                    answers[index] = await self._answer(classifier, conversations[index])
+                except LLMUnavailableError:  # it says nothing about the style
+                    self._lost += 1
+                    if self._lost > MOST_LOST:
+                        raise
+                    continue
                 if reference and (expected := reference[index]) is not None:
                     differing += not _same(expected, answers[index])
                 if time.monotonic() - self._shown_s >= LINE_EVERY_S:
@@ -257,10 +269,13 @@ async def _gold(settings: Settings, store: DocumentStore, taxonomy: Taxonomy) ->
     collections = Collections(store, RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s))
     gold = await read_corrections(collections, settings.results_collection, Spelling(taxonomy), is_control=False)
     pairs, _ = await match(gold.entries, partial(collections.conversations, settings.source_collection))
-    examples = {example.source for example in taxonomy.examples}
-    pairs = [pair for pair in pairs if canonical(pair[1].document_id) not in examples]
     labels: dict[bytes, dict[str, Labels]] = {}
     for entry, found in pairs:
         labels.setdefault(found.key, {}).update(entry.labels)
     documents = await read_sources(collections, settings, choose(pairs, GOLD))
-    return [(one, labels[id_key(document["_id"])]) for document in documents for one in _readable(document)]
+    return [
+        (one, labels[id_key(document["_id"])])
+        for document in documents
+        for one in _readable(document)
+        if not taxonomy.is_example(canonical(document["_id"]), one.transcript_sha256)
+    ]

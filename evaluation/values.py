@@ -19,7 +19,7 @@ Pair = tuple[Labels, Labels]  # gold and model
 class Labelled:
     """The labels of one conversation in a results collection or in a report.
 
-    *labels* and *confidence* (0 to 1) have the fields that are stored. *model* and *fingerprint* are empty if unknown.
+    *labels* and *confidence* (0 to 1) have the fields that are stored. *model*, *fingerprint* and *input_sha256* are empty if unknown.
     """
 
     document_id: Any
@@ -28,6 +28,7 @@ class Labelled:
     confidence: Mapping[str, float] = field(default_factory=dict)
     model: str = ""
     fingerprint: str = ""
+    input_sha256: str = ""
 
     @property
     def key(self) -> bytes:
@@ -68,6 +69,7 @@ PROBLEMS = {
     "no_key": "without _id, source_conversation_id or conversation_number",
     "no_label": "without a label of a field of the taxonomy",
     "outside": "label outside the taxonomy",
+    "not_one": "not exactly one label of a field that takes one",
     "duplicate": "repeated, same label",
     "conflict": "repeated with another label; the first one is used",
     "superseded": "corrected again later; the latest correction is used",
@@ -126,6 +128,7 @@ def labelled_of(result: Document, fields: Sequence[str]) -> Labelled:
         },
         str(metadata.get("model_used") or ""),
         str(metadata.get("fingerprint") or ""),
+        str(metadata.get("input_sha256") or ""),
     )
 
 
@@ -138,6 +141,7 @@ class Spelling:
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.fields = taxonomy.field_names
+        self.single = {field.name for field in taxonomy.fields if not field.is_multiple}
         self._known = {name: {fold_label(label): label for label in taxonomy.names(name)} for name in self.fields}
 
     def read(self, name: str, value: Any) -> Labels | None:

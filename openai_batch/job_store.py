@@ -250,6 +250,11 @@ class JobStore:
         async for page in self._pages(query, [], fields, CLAIM_PAGE):
             yield [(canonical(document["_id"]), str(value_at(document, fields[1]))) for document in page]
 
+    async def has_trace_of(self, job_id: str) -> bool:
+        """Return whether any document, whatever its status, was sent by *job_id*."""
+        query = {f"{self._info}.job_id": job_id}
+        return bool(await self._call("look for the job", lambda: self._documents.count_documents(query, limit=1)))
+
     async def give_back(self, claims: Sequence[tuple[str, str]]) -> None:
         """Make claimed documents (document id, custom id) pending again and remove every trace of the claim."""
         names = ("job_id", "custom_id", "attempts", "claimed_at", "input_sha256")

@@ -28,10 +28,11 @@ from error_handler import JobConnectionError, JobProcessingError, JobValidationE
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
-from openai_batch.ledger import MASKED, NOT_SENT, Item, ItemState, Shard, ShardState
+from openai_batch.ledger import MASKED, NOT_SENT, OPEN, Item, ItemState, Shard, ShardState
 from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError
 from storage.extended_json import canonical, id_text
 from storage.files import SPACE, explained, open_private, publish
+from storage.mongo_connection import hosts_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,16 +156,29 @@ class JobSender:
         self._unseen_since: dict[int, float] = {}  # shard -> when the server first reported that it has no such file
 
     async def recover(self) -> None:
-        """Give back the documents that a killed process claimed without finishing their file; remove such files."""
+        """Give back the documents that a killed process claimed without finishing their file; remove such files.
+
+        Raises JobValidationError if the collection is not the one that the open batches were made from.
+        """
         context = self._context
+        is_found = False
         for unfinished in context.folder.glob(f"*{UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
         async for page in context.store.claims_of(context.job_id):
             known = self._ledger.find([custom_id for _, custom_id in page])
+            is_found = is_found or bool(known)
             left = [(document_id, custom_id) for document_id, custom_id in page if custom_id not in known]
             if left:
                 logger.info("%d documents of an unfinished file are pending again", len(left))
                 await context.store.give_back(left)
+        is_open = any(any(self._ledger.items(shard.number, ItemState.SUBMITTED)) for shard in self._ledger.shards(OPEN))
+        if is_open and not is_found and not await context.store.has_trace_of(context.job_id):
+            raise JobValidationError(
+                f"this job has open batches, but no document of {context.config.source} at "
+                f"{hosts_of(context.config.database.uri.get_secret_value())} was sent by it, so the answers would be lost. Set "
+                "MONGODB_URI to the server that the documents were sent from. If they are gone from it, wait until the batches "
+                f"have ended at OpenAI, then move {context.folder} away."
+            )
 
     async def plan(self, limit: int | None = None) -> int:
         """Make shards of the pending documents (at most *limit*) until stopped; return the number of documents in them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from config import Settings
@@ -13,6 +15,8 @@ from storage.mongo_errors import translated
 from storage.mongo_indexes import CORRECTION_KEY, correction_indexes, create_indexes
 from storage.mongo_pages import replace_each
 from utils.retry_utils import RetryPolicy
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -41,23 +45,25 @@ class CorrectionStore:
         if not last:
             return []
         names = ("source_conversation_id", "reviewer", "at")
-        query = {name: {"$eq": last[0][name]} for name in names}
+        query = {name: {"$eq": last[0].get(name)} for name in names}
         removed = await self._find(query)
         await self.call("remove the decisions", lambda: self._collection.delete_many(query))
-        return [correction_of(document) for document in removed]
+        return [one for document in removed for one in self._usable(document)]
 
     async def of(self, document_ids: Iterable[Any]) -> dict[bytes, list[Correction]]:
         """Return, by ``id_key``, the corrections of those *document_ids* that have any."""
         found: dict[bytes, list[Correction]] = {}
         for document in await self._find({"source_conversation_id": {"$in": list(document_ids)}}):
-            found.setdefault(id_key(document["source_conversation_id"]), []).append(correction_of(document))
+            for one in self._usable(document):
+                found.setdefault(id_key(one.source_conversation_id), []).append(one)
         return found
 
     async def read_all(self) -> AsyncIterator[Correction]:
         """Yield all corrections, those of one conversation together."""
         with translated("read the corrections"):
             async for document in self._collection.find().sort(CORRECTION_KEY[0], 1):
-                yield correction_of(document)
+                for one in self._usable(document):
+                    yield one
 
     async def add_to_control_sample(self, document_ids: Sequence[Any], probability: float) -> None:
         """Record that the random control sample has drawn these conversations, which were decided already."""
@@ -78,9 +84,24 @@ class CorrectionStore:
 
         return await self.call("read the corrections", read)
 
+    def _usable(self, document: Document) -> list[Correction]:
+        """Return the correction in *document*, or nothing if it is none."""
+        found = correction_of(document)
+        if found is None:
+            _warn(
+                f"{self.name} has documents without source_conversation_id, field or label (to); they are ignored, because they "
+                "are no corrections"
+            )
+        return [] if found is None else [found]
+
     async def _find(self, query: Document, **options: Any) -> list[Document]:
         return await self.call("read the corrections", lambda: self._collection.find(query, **options).to_list(None))
 
     async def call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         """Return the result of *operation*, which is retried; *what* names it in errors."""
         return await call_repeatedly(what, operation, self._policy)
+
+
+@lru_cache(maxsize=16)  # once for each collection
+def _warn(sentence: str) -> None:
+    logger.warning("%s", sentence)

@@ -11,6 +11,7 @@ from storage.extended_json import Document
 
 Label = str | list[str]  # a list if the field can have several labels
 Source = Literal["disagreement", "confidence", "rare", "random"]
+UNKNOWN = "unknown"  # the reviewer of a correction that names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +60,34 @@ class Correction:
         return document
 
 
-def correction_of(document: Mapping[str, Any]) -> Correction:
-    """Return the correction in *document*; see ``Correction.as_document``."""
-    at = document["at"]
+def correction_of(document: Mapping[str, Any]) -> Correction | None:
+    """Return the correction in *document*; see ``Correction.as_document``.
+
+    Another program may have written it: without a conversation, field or label it is None, without a date the oldest of all.
+    """
+    at, field_name, label = document.get("at"), document.get("field"), _label(document.get("to"))
+    if "source_conversation_id" not in document or not isinstance(field_name, str) or label is None:
+        return None
+    at = at if isinstance(at, datetime) else datetime.fromtimestamp(0, UTC)
     return Correction(
         source_conversation_id=document["source_conversation_id"],
         conversation_number=document.get("conversation_number"),
-        field=document["field"],
-        label_from=document.get("from"),
-        label_to=document["to"],
-        reviewer=document["reviewer"],
+        field=field_name,
+        label_from=_label(document.get("from")),
+        label_to=label,
+        reviewer=str(document.get("reviewer") or UNKNOWN),
         at=at if at.tzinfo else at.replace(tzinfo=UTC),
-        source=document["source"],
+        source=document.get("source", "confidence"),
         sampling_probability=document.get("sampling_probability"),
         result_fingerprint=document.get("result_fingerprint"),
         note=document.get("note", ""),
     )
+
+
+def _label(value: Any) -> Label | None:
+    """Return *value* if it is a label, or a list of labels."""
+    parts = value if isinstance(value, list) else [value]
+    return value if all(isinstance(part, str) for part in parts) else None
 
 
 @dataclass(frozen=True, slots=True)

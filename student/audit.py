@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 LEAST_SHARE, MOST_SHARE = 0.04, 0.2  # less than 0.04 finds fewer than 98 % of the drifts within 500 conversations
 DRIFT_ERROR = 0.01  # the probability that a sudden drift uses up the room
 LIMIT = 10_000.0  # evidence at which the student withdraws
+# Of the evidence against a student, the most that its successor begins with: if it keeps the promise, it is then withdrawn
+# with a probability of at most 1 %, MOST_INHERITED / LIMIT, before it is cleared.
+MOST_INHERITED = 100.0
 # A bet expects disagreement of (1 - promise) ** power: 0.22 and 0.11 for a promise of 0.95. The first finds collapses, the second
 # small breaches.
 POWERS = (0.5, 0.75)
@@ -38,6 +41,10 @@ class Audit:
     evidence: list[float] = field(default_factory=lambda: [1.0] * len(POWERS))
     is_broken: bool = False
     """True for ever as soon as the evidence reaches ``LIMIT``; the student then takes nothing."""
+
+    def succeed(self, evidence: list[float]) -> None:
+        """Begin with the *evidence* against the student before this one: a training changes the student, not the traffic."""
+        self.evidence = [min(MOST_INHERITED, one) for one in evidence]
 
     @property
     def room(self) -> float:
@@ -93,5 +100,6 @@ class Audit:
                 "train it again on recent results"
             )
         if self.is_suspicious:
-            return f"{counts}; after a disagreement, the model gets every conversation until the promise of {self.promise:g} is confirmed"
+            cause = "a disagreement" if self.disagreed else "disagreements of the student before"
+            return f"{counts}; after {cause}, the model gets every conversation until the promise of {self.promise:g} is confirmed"
         return f"{counts}; the promise of {self.promise:g} holds"

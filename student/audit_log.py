@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -39,8 +40,9 @@ def utc_date() -> str:
 class AuditLog:
     """The comparisons of one *student* under the promise of *audit*. Any thread may use it; use it as ``with``, or close it.
 
-    The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once a day: one
-    that is asked again after a crash does not count twice.
+    The running test is the replay of the comparisons, so it cannot differ from them. It begins with evidence that was left
+    against the student before, so a training does not undo a withdrawal. A conversation is recorded once a day: one that is asked
+    again after a crash does not count twice.
     """
 
     def __init__(self, path: Path, student: str, audit: Audit, today: Callable[[], str] = utc_date) -> None:
@@ -50,10 +52,18 @@ class AuditLog:
         self._student, self._promise, self._today = student, audit.promise, today
         self._file = StateFile(path, SCHEMA)
         self.audit = audit
-        query = "SELECT agreed, share FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
+        query = "SELECT student, agreed, share FROM comparisons WHERE promise = ? ORDER BY number"
         with self._file.reading() as db:
-            for agreed, share in db.execute(query, (student, audit.promise)):
-                self.audit.record(bool(agreed), share)
+            rows = db.execute(query, (audit.promise,)).fetchall()
+        last, evidence = student, audit.evidence
+        for last, comparisons in itertools.groupby(rows, lambda row: str(row[0])):
+            one = audit if last == student else Audit(audit.promise)
+            one.succeed(evidence)
+            for _, agreed, share in comparisons:
+                one.record(bool(agreed), share)
+            evidence = one.evidence
+        if last != student:
+            audit.succeed(evidence)
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Taxonomy
+from config import Settings, Taxonomy
 from domain.conversation import Conversation
 from embedded.choice import BuiltInClassifier
 from embedded.choice import missing_packages as missing_for_vectors
@@ -33,14 +33,26 @@ def require_packages(*more: str) -> None:
         )
 
 
+def require_one_model(settings: Settings) -> None:
+    """Raise ConfigurationError if several models may answer: a student can imitate, and be compared with, only one."""
+    if settings.allow_mixed_models and len(settings.ollama_endpoints) > 1:
+        raise ConfigurationError(
+            "A student imitates one model, and --allow-mixed-models (ALLOW_MIXED_MODELS) lets several answer; leave one of the "
+            "two out."
+        )
+
+
 def open_first_answer(
-    directory: Path, promise: float, plan: Plan, taxonomy: Taxonomy, tell: Callable[[str], None]
+    settings: Settings, promise: float, plan: Plan, taxonomy: Taxonomy, tell: Callable[[str], None]
 ) -> tuple[FirstAnswer | None, AuditLog]:
-    """Return what ``first_answer.open_first_answer`` does; raise ConfigurationError if a package is missing, too."""
+    """Return what ``first_answer.open_first_answer`` does; raise ConfigurationError if a package is missing or models are
+    mixed, too.
+    """
     require_packages()
+    require_one_model(settings)
     from student import first_answer  # noqa: PLC0415 - its packages are optional
 
-    return first_answer.open_first_answer(directory, promise, plan, taxonomy, tell)
+    return first_answer.open_first_answer(settings.batch_files_dir, promise, plan, taxonomy, tell)
 
 
 def open_judge(directory: Path, taxonomy: Taxonomy) -> Callable[[Conversation], Judgement] | None:

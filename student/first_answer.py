@@ -107,7 +107,7 @@ def open_first_answer(
     if log.audit.is_broken:
         tell(withdrawn(student, log))
         return None, log
-    audited = f" Audit: {log.audit.sentence()}." if log.audit.audited else ""
+    audited = f" Audit: {log.audit.sentence()}." if log.audit.audited or log.audit.is_suspicious else ""
     tell(
         f"{student.name} answers where it is sure: {certificate.share:.0%} of the held-out conversations, of which it agrees "
         f"with the model on at least {certificate.lower_bound:.1%}.{audited}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -131,6 +132,23 @@ def test_examples_of_the_prompt_are_not_gold(judged: Site) -> None:
     assert ended.code == 0, ended.said
     assert "an example in the prompt" in ended.said
     assert ended.out.startswith("29 conversations with gold labels")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_copy_of_an_example_is_not_gold(judged: Site, is_known: bool) -> None:
+    """The same text has the same answer. Files of earlier versions have no hash, but the text, here without masked data."""
+    text = "Customer: hello"
+    answer = {"categorization": "c", "intent": "Complaint", "topic": "Other", "sentiment": "Positive"}
+    entry = {"transcript": text, "source": canonical(999), "answer": answer}
+    if is_known:
+        entry |= {"transcript": "Customer: <NAME_1>", "input_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    examples = judged.folder / "examples.json"
+    examples.write_text(json.dumps({"examples": [entry]}))
+    change = {"$set": {"processing_metadata.input_sha256": hashlib.sha256(text.encode()).hexdigest()}}
+    judged.results.update_many({"source_conversation_id": {"$in": [3, 7]}}, change)
+    ended = evaluate(judged, "--gold", write_gold(judged, gold_lines()), PROMPT_EXAMPLES_FILE=str(examples))
+    assert ended.code == 0, ended.said
+    assert ended.out.startswith("28 conversations with gold labels")
 
 
 def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
@@ -337,11 +355,16 @@ def test_shares_use_gold_and_all_results(judged: Site) -> None:
 
 def test_field_with_several_labels_is_judged_label_by_label(judged: Site) -> None:
     """Lists in the results and in gold, in any order; in CSV with bars."""
-    judged.results.update_many({}, {"$set": {"classification.topic": ["Other", "Account/Billing"]}})
+    taxonomy = judged.folder / "labels.yaml"
+    taxonomy.write_text(
+        "fields:\n  parts:\n    labels: [Other, Account/Billing, Shipping/Delivery]\n    multiple: true\n"
+    )
+    judged.settings["TAXONOMY_FILE"] = str(taxonomy)
+    judged.results.update_many({}, {"$set": {"classification.parts": ["Other", "Account/Billing"]}})
     path = judged.folder / "gold.csv"
-    path.write_text("_id,topic\n1,account/billing|Other\n2,Other\n3,Shipping/Delivery|Other\n")
+    path.write_text("_id,parts\n1,account/billing|Other\n2,Other\n3,Shipping/Delivery|Other\n")
     report = report_of(judged, "--gold", str(path), "--shares")
-    figures = field_of(report, "topic")
+    figures = field_of(report, "parts")
     assert (figures["is_multi"], figures["accuracy"]["value"]) == (True, pytest.approx(1 / 3))
     by_label = {each["label"]: each for each in figures["labels"]}
     assert by_label["Other"]["f1"]["value"] == 1

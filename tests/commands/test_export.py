@@ -209,6 +209,19 @@ def test_correction_wins_and_names_field_reviewer_time_and_former_label(place: S
     assert (rows["0"]["reviewer_intent"], rows["0"]["model_label_intent"]) == (None, None)
 
 
+def test_corrections_of_another_program_count_or_are_named_once(place: Site) -> None:
+    place.results.insert_many([result(number) for number in range(3)])
+    theirs = {"field": "intent", "to": "Other"}
+    corrections(place).insert_many([{"source_conversation_id": number, **theirs} for number in range(2)])
+    corrections(place).insert_many([{"source_conversation_id": 2, "field": "intent", "by": name} for name in "ab"])
+    file = place.folder / "labels.jsonl"
+    code, _, err = run_cli(["export", "--output", str(file)], place.environment(), place.folder)
+    assert code == 0, err
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["intent"] for row in rows] == ["Other", "Other", result(2)["classification"]["intent"]]
+    assert err.count("they are ignored, because they are no corrections") == 1
+
+
 def test_result_of_a_student_is_marked(place: Site) -> None:
     made = result(0)
     made["processing_metadata"]["label_source"] = "student"

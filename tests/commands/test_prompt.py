@@ -105,6 +105,12 @@ def test_examples_that_help_are_measured_on_the_other_half_and_written(place: Si
     assert code == 0
     assert "17 reviewed conversations" in err
     assert "No example helps" in out
+    # Nor is a copy of one, whose personal data the file does not have.
+    source = json.loads(file.read_text())["examples"][0]["source"]
+    file.write_text(file.read_text().replace(json.dumps(source), '"another"'))
+    code, _, err = suggest(place, server, model, PROMPT_EXAMPLES_FILE=str(file))
+    assert code == 0
+    assert "17 reviewed conversations" in err
 
 
 def test_examples_without_a_gain_are_not_written(place: Site, server: ScriptedServer) -> None:
@@ -131,6 +137,26 @@ def test_unusable_answers_count_as_wrong(place: Site, server: ScriptedServer) ->
     code, out, _ = run_cli(["prompt", "suggest", "--limit", "10"], place.environment(), place.folder)
     assert code == 0
     assert "No example helps" in out
+
+
+@pytest.mark.parametrize(("lost", "code"), [(1, 0), (4, 3)])
+def test_lost_call_does_not_lose_the_measurement(place: Site, server: ScriptedServer, lost: int, code: int) -> None:
+    """It counts as a wrong answer; many say that the server is not well."""
+    model, left = Model(follows=True), [lost]
+
+    def first_busy(handler: Handler) -> None:
+        is_question = bool(handler.server_state.requests[-1].json.get("messages"))
+        if is_question and left[0]:
+            left[0] -= 1
+            answer({"error": "busy"}, 503)(handler)
+        else:
+            model(handler)
+
+    server.script = deque([first_busy] * 2000)
+    command = ["prompt", "suggest", "--max-concurrent", "1"]
+    ended, out, err = run_cli(command, place.environment(LLM_MAX_ATTEMPTS="1"), place.folder)
+    assert ended == code, err
+    assert ("Change: +" in out) is not code
 
 
 def test_refused_key_is_an_error_and_not_a_wrong_answer(place: Site, server: ScriptedServer) -> None:

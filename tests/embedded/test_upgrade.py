@@ -101,6 +101,22 @@ def test_built_in_classifier_replaces_no_result_of_a_model(run: Run, database: D
     assert models(database) == {"llama3.2:latest": 1}
 
 
+@pytest.mark.usefixtures("built_in_classifier")
+@pytest.mark.parametrize("value", [None, "Complaint", ["Complaint"]])
+def test_result_whose_classification_is_no_object_stays(
+    run: Run, database: Database[dict[str, Any]], capsys: pytest.CaptureFixture[str], value: Any
+) -> None:
+    """Another program has changed it. MongoDB ends the whole query for a value that it cannot take apart."""
+    database.conversation_set.insert_many([conversation(number) for number in range(2)])
+    assert run() == 0
+    database.sentimental_analysis.update_one({"source_conversation_id": 1}, {"$set": {"classification": value}})
+    capsys.readouterr()
+    assert run() == 0
+    shown, told = capsys.readouterr()
+    assert "of the built-in classifier:" not in told
+    assert "Examples" in shown
+
+
 @pytest.mark.thorough
 def test_fields_of_the_taxonomy_are_labelled_and_printed(
     run: Run,

@@ -62,6 +62,24 @@ def test_several_labels_are_a_list_or_separated_by_bars() -> None:
     assert SPELLING.read("intent", []) == ()
 
 
+def test_several_labels_of_a_field_with_one_are_not_used(tmp_path: Path) -> None:
+    """No answer could ever be right; the row is named. The same label in two spellings is one."""
+    lines = [
+        '{"_id": 1, "intent": ["Complaint", "Refund Request"], "topic": "Other"}',
+        '{"_id": 2, "intent": "Complaint|Refund Request"}',
+        '{"_id": 3, "intent": []}',
+        '{"_id": 4, "intent": ["Complaint", "complaint"]}',
+    ]
+    gold = read(tmp_path, "gold.jsonl", "\n".join(lines))
+    assert [(entry.place, entry.labels) for entry in gold.entries] == [
+        ("line 1", {"topic": ("Other",)}),
+        ("line 4", {"intent": ("Complaint",)}),
+    ]
+    assert kinds(gold) == [(f"line {number}", "not_one") for number in (1, 2, 3)]
+    assert gold.problems[1].detail == "intent Complaint|Refund Request"
+    assert read(tmp_path, "gold.jsonl", lines[1]).entries == []  # and the reason is not that the field is unknown
+
+
 @pytest.mark.parametrize("names", [("Yes", "No"), ("true", "false")])
 def test_truth_value_is_a_label_of_two(names: tuple[str, str]) -> None:
     """YAML reads neither pair as truth values in a taxonomy, but JSON has them."""

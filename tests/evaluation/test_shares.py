@@ -109,6 +109,18 @@ def test_field_shares_counts_gold_conversations_once() -> None:
     assert shares.labels[0].combined == prediction_powered(Agreement(1, 1, 0, 2), 3, 6)
 
 
+@pytest.mark.parametrize("left", [{("A",): 1, ("B",): 5}, {("A",): 6}, {}])
+def test_results_that_are_deleted_meanwhile_leave_shares(left: dict[tuple[str], int]) -> None:
+    """The gold conversations were read before, with results that are not there any more."""
+    rows = rows_of([("A", "A"), ("A", "A"), ("B", "A"), ("B", "B")])
+    for each in field_shares(FIELD, rows, Counter(left), ("A", "B")).labels:
+        low, value, high = each.combined.low, each.combined.value, each.combined.high
+        assert low is not None
+        assert value is not None
+        assert high is not None
+        assert 0 <= low <= value <= high <= 1
+
+
 def test_field_shares_of_a_corpus_with_gold_alone_are_those_of_gold() -> None:
     """There is nothing to predict."""
     shares = field_shares(FIELD, rows_of([("A", "A"), ("B", "A")]), Counter({("A",): 2}), ("A", "B"))

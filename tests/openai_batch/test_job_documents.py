@@ -438,3 +438,20 @@ def test_unsent_file_whose_documents_are_pending_again_is_not_sent(job: Job, ope
     job.check(openai)
     assert job.statuses() == {"completed": 12}
     assert openai.stats()["lines_billed"] == 12
+
+
+def test_job_of_another_server_is_refused_and_loses_no_answer(job: Job, openai: FakeOpenAI) -> None:
+    """The same database and collection names, and even the same documents, but none of them was sent from there."""
+    job.fill(5)
+    assert job.cli("submit").code == 0
+    own = job.documents.rename("own")
+    assert own["ok"]
+    job.fill(5)
+    for action in ("poll", "run", "cancel"):
+        refused = job.cli(action)
+        assert refused.code == 2
+        assert "MONGODB_URI" in refused.err
+    assert job.statuses() == {"pending": 5}
+    job.client[job.database]["own"].rename(job.collection, dropTarget=True)
+    assert job.cli("run").code == 0
+    job.check_complete(openai, 5)

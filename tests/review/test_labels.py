@@ -57,6 +57,21 @@ def test_correction_survives_the_round_trip_through_a_document() -> None:
     assert not same_label("A", None)
 
 
+def test_correction_of_another_program_has_defaults_or_is_none() -> None:
+    """Written by hand: who, when and why may be missing, and it is older than any of ours. The label may not."""
+    found = correction_of({"source_conversation_id": 1, "field": "intent", "to": "Other"})
+    assert found is not None
+    assert (found.reviewer, found.source, found.label_from) == ("unknown", "confidence", None)
+    assert read_labels(result(1), [found]).labels["intent"] == "Other"
+    assert read_labels(result(1), [correction(), found]).labels["intent"] == "Order Status"
+    whole = correction().as_document()
+    for change in ({"field": None}, {"to": None}, {"to": 7}, {"to": ["A", 7]}, {"field": 7}):
+        assert correction_of({**whole, **change}) is None
+    assert correction_of({name: value for name, value in whole.items() if name != "source_conversation_id"}) is None
+    for at in (None, "2026-11-29", 7):
+        assert correction_of({**whole, "at": at}) is not None
+
+
 def test_worth_of_a_look_names_its_reason() -> None:
     """Also with an odd or missing confidence."""
     results = [result(number, 0.9) for number in range(40)]

@@ -89,6 +89,33 @@ def test_text_that_comes_each_day_is_drawn_at_last(tmp_path: Path) -> None:
         assert log.audit.audited == 2
 
 
+def test_training_again_does_not_undo_a_withdrawal(tmp_path: Path) -> None:
+    """The next student takes nothing until it is cleared, however often one trains, and what broke the promise withdraws it sooner."""
+    path = tmp_path / "audit.sqlite"
+    with AuditLog(path, "student-0", Audit(0.9)) as log:
+        needed = next(number for number, key in enumerate(HASHES, 1) if log.record(key, 1.0, agreed=False))
+    for name in ("student-1", "student-2"):
+        with AuditLog(path, name, Audit(0.9)) as log:
+            assert not log.audit.is_broken
+            assert log.audit.share == 1
+            assert "disagreements of the student before" in log.audit.sentence()
+            log.record(HASHES[0], 1.0, agreed=True)
+    with AuditLog(path, "student-3", Audit(0.9)) as log:
+        again = next(number for number, key in enumerate(HASHES, 1) if log.record(key, 1.0, agreed=False))
+    assert again < needed
+    with AuditLog(path, "student-4", Audit(0.9)) as log:
+        cleared = next(
+            number for number, key in enumerate(HASHES, 1) if log.record(key, 1.0, agreed=True) or log.audit.share < 1
+        )
+    assert 40 < cleared < 70
+    for name, is_broken in (("student-4", False), ("student-5", False), ("student-0", True), ("student-3", True)):
+        with AuditLog(path, name, Audit(0.9)) as log:
+            assert log.audit.is_broken == is_broken
+            assert not log.audit.is_suspicious
+    with AuditLog(path, "student-4", Audit(0.95)) as log:
+        assert not log.audit.is_suspicious
+
+
 def test_damaged_audit_is_refused(tmp_path: Path) -> None:
     """Without it nobody knows whether the promise holds."""
     path = tmp_path / "audit.sqlite"

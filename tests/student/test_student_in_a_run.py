@@ -137,6 +137,33 @@ def test_drift_withdraws_the_student_for_good(school: School) -> None:
     assert "takes no more conversations" in site.run("student", "report").out
 
 
+@pytest.mark.usefixtures("audit_none")
+def test_student_trained_after_a_withdrawal_takes_nothing_until_it_is_cleared(school: School) -> None:
+    """The traffic that broke the promise of the one before is still there."""
+    site, model = school
+    with AuditLog(site.directory / "student/audit.sqlite", "student-000000000000", student.audit.Audit(0.9)) as log:
+        while not log.audit.is_broken:
+            log.record(f"{log.audit.audited:064x}", 1.0, agreed=False)
+    fill(site, NEW, 3)
+    model.has_drifted = True
+    ended = site.run(*PROMISE)
+    assert ended.code == 0, ended.err
+    assert "disagreements of the student before" in ended.err
+    assert by_student(site) == []
+
+
+def test_mixed_models_have_no_student(school: School) -> None:
+    """One of several servers may have another model, which the student does not imitate."""
+    site, model = school
+    fill(site, NEW, 2)
+    mixed = {"OLLAMA_ENDPOINT": f"{model.server.url},http://127.0.0.1:1", "ALLOW_MIXED_MODELS": "true"}
+    for command in (PROMISE, ("student", "train")):
+        ended = site.run(*command, **mixed)
+        assert ended.code == 2
+        assert "--allow-mixed-models" in ended.err
+    assert model.asked == []
+
+
 @pytest.mark.thorough
 def test_withdrawn_student_labels_no_identical_conversation(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers from before the drift are not copied: the model labels the rest of the run."""

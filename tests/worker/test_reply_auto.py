@@ -87,6 +87,29 @@ def test_model_that_goes_away_is_no_style_that_was_measured(site: Site) -> None:
     assert not (site.directory / FILE).exists()
 
 
+@pytest.mark.parametrize(("lost", "code"), [(1, 0), (30, 3)])
+def test_lost_call_does_not_lose_the_measurement(site: Site, lost: int, code: int) -> None:
+    """It says nothing about a style. Many say nothing about any."""
+    assert site.model is not None
+    site.model.configure(faults=[{"kind": "busy_503", "when": {"text": "Case"}, "times": lost}])
+    filled(site, MANY)
+    ended = site.run("--reply", "auto", LLM_MAX_ATTEMPTS="1")
+    assert ended.code == code, ended.err
+    assert (site.directory / FILE).exists() is not code
+    if not code:
+        assert f"agrees with full in {MANY - 1} of {MANY - 1} conversations" in ended.err
+
+
+def test_nothing_is_measured_if_nothing_of_the_subset_is_pending(site: Site) -> None:
+    filled(site, MANY)
+    ended = site.run("--reply", "auto", "--filter", '{"channel": "fax"}')
+    assert ended.code == 0, ended.err
+    assert requests(site) == 0
+    wrong = site.run("--reply", "auto", "--filter", '{"channel": {"$fax": 1}}')
+    assert wrong.code == 2
+    assert "--filter is not a query" in wrong.err
+
+
 def test_too_few_conversations_keep_full(site: Site) -> None:
     filled(site, 10)
     ended = site.run("--reply", "auto")
