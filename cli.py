@@ -46,6 +46,7 @@ from error_handler import (
 )
 from logger import configure_logging
 from mongo_client import DocumentStore
+from network.outgoing import origin
 from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
@@ -236,7 +237,7 @@ async def _embedded(
         await store.close()
     if model is not None:
         server = "a model server" if settings.llm_api_url else "Ollama"
-        console.print(f"Found {server} at {settings.server_url}; using {model}.")
+        console.print(f"Found {server} at {origin(settings.server_url)}; using {model}.")
         if with_student:
             console.print("--embedded-student has no effect beside a model; --student P lets the student answer first.")
         name = "llm_model" if settings.llm_api_url else "ollama_model"
@@ -247,7 +248,7 @@ async def _embedded(
 
         classifier = await asyncio.to_thread(open_built_in, settings.batch_files_dir, taxonomy, classifier)
     console.print(
-        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in classifier "
+        f"[yellow]No Ollama with a model that can chat found at {origin(settings.server_url)}; using the built-in classifier "
         f"{classifier.model}. Accuracy: docs/baseline.md.[/]"
     )
     if missing := missing_packages():
