@@ -49,7 +49,7 @@ from mongo_client import DocumentStore
 from network.outgoing import origin
 from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
-from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
+from utils.process import closest, exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.describe import require_sentence
 from worker.intake import RunOptions
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if given and not command and not given[0].startswith("-"):
         why = "without a command, cli.py runs the worker."
-        parser.error(f"unknown command {given[0]!r}; {why}{flags.closest(given[0], COMMANDS)}".removesuffix("."))
+        parser.error(f"unknown command {given[0]!r}; {why}{closest(given[0], COMMANDS)}".removesuffix("."))
     # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     tune_garbage_collection()

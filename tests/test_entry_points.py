@@ -67,6 +67,16 @@ def test_benchmark_without_its_packages_ends_with_one_sentence(module: str) -> N
     assert " lacks the packages of requirements.txt: run make venv" in line or ": run make bench ARGS=--help" in line
 
 
+@pytest.mark.parametrize("file", mostly_thorough(FILES, 3), ids=str)
+def test_wrong_flag_is_answered_with_one_line(file: Path, tmp_path: Path) -> None:
+    """The usage of all flags would hide it."""
+    done = run_forked([ROOT / file, "--file", "x", "--hlp"], clean_environment(), tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "unrecognized arguments: " in line
+    assert line.endswith("--help lists the flags.")
+
+
 def test_service_on_a_port_in_use_names_the_flag(tmp_path: Path) -> None:
     """uvicorn's own exit code 3 means something else here."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

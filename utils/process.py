@@ -1,4 +1,4 @@
-"""Process helpers: signals, exit codes, numbers of the command line, garbage collection."""
+"""Process helpers: signals, exit codes, the command line, garbage collection."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from error_handler import ExitCode, TriadError
 
@@ -138,6 +138,24 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
     except (KeyboardInterrupt, asyncio.CancelledError):
         print_error(program, interrupted, verbose=verbose)
         return ExitCode.INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that answers a wrong flag with one line and the closest flag, instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = "" if unknown == message else closest(unknown.split()[0].partition("=")[0], self._option_string_actions)
+        end = "" if message.endswith("?") else "."
+        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: {message}{end}{hint} {self.prog} --help lists the flags.\n")
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the one of *words* that is most like *word*; empty if none is similar."""
+    import difflib  # noqa: PLC0415 - only for an error
+
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def number_between(kind: Callable[[str], N], least: float, most: float = sys.float_info.max) -> Callable[[str], N]:
