@@ -32,7 +32,7 @@ from service.client.client import (
 )
 from service.client.protocol import ServiceTarget, request_for
 from storage.extended_json import Document, id_key, loads
-from utils.process import number_between
+from utils.process import Parser, number_between
 from utils.retry_utils import RetryPolicy
 
 EXPECTED = SAMPLES.with_name("sample_expected.jsonl")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="api_client.py",
         description="Send sample multi-turn conversations to a running service and compare its labels with the expected ones.",
         epilog="Exit codes: 0 all answered (right or wrong), 1 some have no answer, 2 usage or key, "

@@ -29,7 +29,7 @@ from help_desks.reader import read_documents
 from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client
 from service.client.protocol import ServiceTarget
 from service.client.run import AnswerJournal, ClientRun, percentile
-from utils.process import number_between, stop_on_signals
+from utils.process import Parser, number_between, stop_on_signals
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="api_client_production.py",
         description="Classify a file of conversations through the REST service. The same command resumes an interrupted run.",
         epilog="Exit codes: 0 done, 1 some conversations have no answer (the same command retries them), 2 usage, "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # The same command under its older name, which does not return; an import would point upwards.
+    import runpy
+
+    runpy.run_module("cli", run_name="__main__")
+
 import asyncio
 import hashlib
 import logging
-import runpy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -392,8 +397,3 @@ def built_in_classify(classifier: BuiltInClassifier, plan: str = BASELINE_PLAN) 
         )
 
     return classify
-
-
-if __name__ == "__main__":
-    # The same command under its older name; an import would point upwards.
-    runpy.run_module("cli", run_name="__main__")

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
     require_packages()
 
-import argparse
 import asyncio
 import contextlib
 import sys
@@ -20,12 +19,12 @@ from commands.diagnosis.mongo import diagnose
 from commands.flags import add_database_flags, command_settings
 from config import Settings
 from logger import configure_logging
-from utils.process import exit_code_of
+from utils.process import Parser, exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the diagnosis with the flags in *argv* (None: of the process) and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="check_mongo_connection.py",
         description="Check whether MongoDB is ready for a run, and show how to fix problems. Changes nothing.",
         epilog="Exit codes: 0 ready (perhaps with warnings), 2 usage or configuration, 3 at least one error.",

@@ -46,9 +46,10 @@ from error_handler import (
 )
 from logger import configure_logging
 from mongo_client import DocumentStore
+from network.outgoing import origin
 from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
-from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
+from utils.process import closest, exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.describe import require_sentence
 from worker.intake import RunOptions
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if given and not command and not given[0].startswith("-"):
         why = "without a command, cli.py runs the worker."
-        parser.error(f"unknown command {given[0]!r}; {why}{flags.closest(given[0], COMMANDS)}".removesuffix("."))
+        parser.error(f"unknown command {given[0]!r}; {why}{closest(given[0], COMMANDS)}".removesuffix("."))
     # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     tune_garbage_collection()
@@ -238,7 +239,7 @@ async def _embedded(
         await store.close()
     if model is not None:
         server = "a model server" if settings.llm_api_url else "Ollama"
-        console.print(f"Found {server} at {settings.server_url}; using {model}.")
+        console.print(f"Found {server} at {origin(settings.server_url)}; using {model}.")
         if with_student:
             console.print("--embedded-student has no effect beside a model; --student P lets the student answer first.")
         name = "llm_model" if settings.llm_api_url else "ollama_model"
@@ -249,7 +250,7 @@ async def _embedded(
 
         classifier = await asyncio.to_thread(open_built_in, settings.batch_files_dir, taxonomy, classifier)
     console.print(
-        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in classifier "
+        f"[yellow]No Ollama with a model that can chat found at {origin(settings.server_url)}; using the built-in classifier "
         f"{classifier.model}. Accuracy: docs/baseline.md.[/]"
     )
     if missing := missing_packages():

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
     require_packages()
 
-import argparse
 import gc
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -40,7 +39,7 @@ from service.similar import OpenIndex, open_index
 from service.slow_clients import server_config
 from service.startup import start
 from service.taxonomy_routes import labels
-from utils.process import tune_garbage_collection
+from utils.process import Parser, tune_garbage_collection
 
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
@@ -118,9 +117,7 @@ def create_app(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT and return an exit code of docs/operations.md; *argv* None reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="main.py", description="Run the REST service. See docs/service.md.", allow_abbrev=False
-    )
+    parser = Parser(prog="main.py", description="Run the REST service. See docs/service.md.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"customer-support-triad {PROCESSOR_VERSION}")
     parser.add_argument("--host", help="address to listen on (API_HOST; 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (API_PORT; 8000)")

@@ -39,7 +39,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The share of *label* of *field* in a period and in the one before.
+    """The share of *label* of *field* in a period and in the one before, without corrections.
 
     *p_value* is corrected for the number of labels tested; None if the label is too rare for a test.
     """
@@ -247,7 +247,9 @@ async def _compared_until(until: datetime, analytics: LabelAnalytics, view: Slic
     earlier: dict[str, Counts] = {}
     for name in analytics.fields:
         for found, start, end in ((now, since, until), (earlier, before, since)):
-            found[name] = (await analytics.field_counts(name, "week", replace(view, since=start, until=end))).total
+            # As the model gave them: fewer results of one period than of the other have a correction.
+            part = replace(view, since=start, until=end)
+            found[name] = (await analytics.field_counts(name, "week", part, is_corrected=False)).total
     n, n_before = (max((counts.n for counts in found.values()), default=0) for found in (now, earlier))
     if not n or not n_before:
         return None

@@ -8,6 +8,11 @@ or ``ray`` runs only that benchmark. ``--quick`` uses few documents, without tar
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_development_packages
+
+    require_development_packages()
+
 import argparse
 import os
 import platform

@@ -6,6 +6,11 @@ DIR holds JSONL files with a ``gold`` field and ``label_map.json`` (docs/baselin
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import json
 import sys

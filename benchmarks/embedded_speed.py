@@ -6,6 +6,11 @@ make it longer all the same if two threads share a core.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_packages
+
+    require_packages()
+
 import argparse
 import sys
 import time

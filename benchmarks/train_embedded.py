@@ -7,6 +7,11 @@ Writes embedded/weights.safetensors and embedded/phrases.safetensors, the same b
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from utils.interpreter import require_development_packages
+
+    require_development_packages()
+
 import argparse
 import csv
 import sys

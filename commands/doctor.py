@@ -25,6 +25,7 @@ from config import Settings, load_prompt_taxonomy
 from error_handler import TriadError
 from model_server.tokens import TokenEstimator
 from mongo_client import DocumentStore
+from network.outgoing import origin
 from prompt_builder import build_system_prompt
 from worker.plan import sample_needs
 
@@ -80,7 +81,7 @@ def _areas(
     once = settings.model_copy(update={"mongodb_max_retries": 1})
     at_most = 0 if arguments.no_probe else arguments.max_probe
     each = settings.for_each_server()
-    titles = ["Model server"] if len(each) == 1 else [f"Model server {one.server_url}" for one in each]
+    titles = ["Model server"] if len(each) == 1 else [f"Model server {origin(one.server_url)}" for one in each]
     return [
         ("mongodb", "MongoDB", diagnose(once, tell=tell, subset=subset_of(arguments, settings))),
         *(

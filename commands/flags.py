@@ -11,13 +11,13 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_settings
 from domain.conversation import PROCESSOR_VERSION
-from error_handler import ConfigurationError, ExitCode
-from utils.process import number_between
+from error_handler import ConfigurationError
+from utils.process import Parser, number_between
 from worker.staleness import SELECTABLE
 
 # Types of flags.
@@ -46,24 +46,6 @@ class Command:
     summary: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Settings], Coroutine[Any, Any, int]]
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser that answers a wrong flag with one line and the closest flag, instead of the usage of all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        hint = "" if unknown == message else closest(unknown.split()[0].partition("=")[0], self._option_string_actions)
-        end = "" if message.endswith("?") else "."
-        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: {message}{end}{hint} {self.prog} --help lists the flags.\n")
-
-
-def closest(word: str, words: Iterable[str]) -> str:
-    """Return " Did you mean ...?" with the one of *words* that is most like *word*; empty if none is similar."""
-    import difflib  # noqa: PLC0415 - only for an error
-
-    close = difflib.get_close_matches(word, list(words), 1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def create_command_parser(command: Command) -> argparse.ArgumentParser:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
-import contextlib
 import os
 import re
 import sys
@@ -12,6 +10,8 @@ import termios
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from utils.process import wait_for_input
 
 END, ENTER, TAB, ERASE = "", "\n", "\t", "\x7f"
 _SEQUENCE = re.compile(r"\x1b(?:[\[O][0-9;]*[A-Za-z~]|.)?", re.DOTALL)  # of arrow keys and the like
@@ -44,7 +44,7 @@ class Keyboard:
     async def key(self) -> str:
         """Return the next key: a character, ENTER, TAB, ERASE, or END if there are no more."""
         while not self._pending and not self._has_ended:
-            await self._readable()
+            await wait_for_input(self._descriptor)
             data = os.read(self._descriptor, 1024)
             self._has_ended = not data
             text = _SEQUENCE.sub("", self._decoder.decode(data, final=not data))
@@ -65,12 +65,3 @@ class Keyboard:
             sys.stdout.flush()
         sys.stdout.write("\n")
         return text.strip()
-
-    async def _readable(self) -> None:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        with contextlib.suppress(OSError, NotImplementedError):  # a file is always readable
-            loop.add_reader(self._descriptor, ready.set)
-            try:
-                await ready.wait()  # a thread that reads would survive Ctrl-C
-            finally:
-                loop.remove_reader(self._descriptor)

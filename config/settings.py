@@ -50,20 +50,15 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 }
 
 # Names that MongoDB and its driver accept.
-CollectionName = Annotated[
+DottedName = Annotated[  # of a collection or a field
     str,
     Field(max_length=120),
-    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be the name of a collection, without $ and without a dot at an end"),
+    shaped(r"[^$.\x00]+(\.[^$.\x00]+)*", "must be a name without $ and without a dot at an end"),
 ]
 DatabaseName = Annotated[
     str,
     Field(max_length=63),
     shaped(r'[^/\\. "$*<>:|?\x00]+', 'must be the name of a database, without spaces and / \\ . " $ * < > : | ?'),
-]
-FieldPath = Annotated[
-    str,
-    Field(max_length=120),
-    shaped(r"[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*", "must be the path of a field, such as priority or meta.level"),
 ]
 KeepAlive = Annotated[
     str,
@@ -115,14 +110,14 @@ class Settings(PartSettings):
     db_name: DatabaseName = Field(
         default_factory=_default_database, validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME")
     )
-    source_collection: CollectionName = Field(
+    source_collection: DottedName = Field(
         "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
     status_field: str = DEFAULT_STATUS_FIELD
-    priority_field: FieldPath = "priority"
+    priority_field: DottedName = "priority"
     priority_rules: PriorityRules = None
-    time_field: FieldPath = "created_at"
-    results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
+    time_field: DottedName = "created_at"
+    results_collection: DottedName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
     batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
     max_concurrent: int | Literal["auto"] = 5
     mongodb_max_retries: int = Field(3, ge=1, le=10)

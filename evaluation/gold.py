@@ -88,6 +88,10 @@ def read_gold_file(path: Path, spelling: Spelling) -> Gold:
         ) from exc
     except UnicodeDecodeError as exc:
         raise ConfigurationError(f"{path} cannot be read as UTF-8; --gold requires a JSONL or CSV file.") from exc
+    if not text.strip():
+        raise ConfigurationError(
+            f"{path} is empty; --gold requires a line of JSON, or a row of CSV, for each conversation."
+        )
     rows = _csv_rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(text)
     for line, document in rows:
         gold.add(f"line {line}", document, spelling)

@@ -59,6 +59,8 @@ _SIGNS: tuple[tuple[str, frozenset[str]], ...] = (
     ("freshdesk", frozenset({"ticketid", "subject", "createdtime"})),
 )
 _NOT_PLAIN = re.compile(r"[\W_]+")
+# A name of a column: at most three words. The first row of a table without a header has texts, numbers, dates or addresses.
+_NAME = re.compile(r"[^\W\d][\w.()/#-]{0,30}( [\w.()/#-]{1,30}){0,2}(?<!\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def layout_with(columns: Sequence[str], options: Options, desk: str, place: str)
     if not {"text", "subject"} & chosen.keys():
         raise ConfigurationError(
             f"{place}: the column text is missing, and no other column is known to hold the text. Name it with --map "
-            f"text=COLUMN; the columns are {named(columns)}."
+            f"text=COLUMN; {_listed(columns)}."
         )
     is_own = {"conversation_number", "sender", "text"} <= {name.strip().lower() for name in columns}
     clock = by_name.get("time", "") if plain_name(chosen.get("created_at", "")) == "date" else ""
@@ -170,6 +172,13 @@ def named(columns: Sequence[str]) -> str:
     return ", ".join(one_line(column, 40) for column in columns[:40]) + (", ..." if len(columns) > 40 else "")
 
 
+def _listed(columns: Sequence[str]) -> str:
+    """Return *columns* for an error, unless they may be the first row of a table without a header: texts of customers."""
+    if len(columns) > 1 and all(map(_NAME.fullmatch, columns)):
+        return f"the columns are {named(columns)}"
+    return "a table needs a header with the names of its columns, so add one if it starts with a row"
+
+
 def require_columns(dropped: Iterable[str], columns: Sequence[str], place: str) -> list[str]:
     """Return the columns that ``--drop-column`` names, as the file spells them."""
     return [_existing(name, columns, place) for name in dropped]
@@ -179,7 +188,7 @@ def _existing(column: str, columns: Sequence[str], place: str) -> str:
     for name in columns:
         if name == column or plain_name(name) == plain_name(column):
             return name
-    raise ConfigurationError(f"{place}: there is no column {one_line(column, 40)}; there are {named(columns)}.")
+    raise ConfigurationError(f"{place}: there is no column {one_line(column, 40)}; {_listed(columns)}.")
 
 
 def take(record: dict[str, Any], path: str) -> Any:

@@ -11,7 +11,7 @@ from error_handler import ConfigurationError
 from help_desks.files import TextFile
 from storage import extended_json
 
-_EXPECTED = "expected (Extended) JSON: one array, one object, or one object per line."
+_SHAPES = "(Extended) JSON: one array, one object, or one object per line."
 _SPACE = " \t\r\n"
 
 
@@ -30,6 +30,8 @@ def _lines(file: TextFile) -> Iterator[tuple[str, Any]]:
     with file.lines() as lines:
         numbered = enumerate(lines, 1)
         start, first = next(((number, line) for number, line in numbered if line.strip()), (1, b""))
+        if not first:
+            raise ConfigurationError(f"{file.path}, line 1: the file is empty; export it again as {_SHAPES}")
         if _is_object(first):
             for number, line in itertools.chain([(start, first)], numbered):
                 if line.strip():
@@ -96,7 +98,7 @@ class _Scanner:
 
     def error(self, line: int = 1) -> ConfigurationError:
         """Return the error for damage on *line* (from 1) of what is not scanned yet."""
-        return ConfigurationError(f"{self._file.path}, line {self._line + line - 1}: {_EXPECTED}")
+        return ConfigurationError(f"{self._file.path}, line {self._line + line - 1}: expected {_SHAPES}")
 
     def _take(self, characters: int) -> None:
         self._line += self._text.count("\n", 0, characters)
@@ -117,7 +119,7 @@ def _loads(file: TextFile, text: str, line: int) -> Any:
         return extended_json.loads(text)
     except ValueError as exc:
         line += getattr(exc, "lineno", 1) - 1
-        raise ConfigurationError(f"{file.path}, line {line}: {_EXPECTED}") from exc
+        raise ConfigurationError(f"{file.path}, line {line}: expected {_SHAPES}") from exc
 
 
 def _is_object(line: bytes) -> bool:

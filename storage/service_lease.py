@@ -6,6 +6,7 @@ however the service ended and whatever the clocks of the machines show.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,13 +27,15 @@ _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 def server_name(url: str) -> str:
     """Return the name of the model server at *url*, the same for all addresses of one server.
 
-    A local address gets the name of this machine, because it names another server on each.
+    A local address gets the name of this machine, because it names another server on each. The path is a hash, because it
+    may hold a key.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
     if host in _THIS_MACHINE:
         host = socket.gethostname().lower()
-    return f"{host}:{parts.port or _PORTS[parts.scheme]}{parts.path}"
+    path = f"/{hashlib.sha256(parts.path.encode()).hexdigest()[:16]}" if parts.path else ""
+    return f"{host}:{parts.port or _PORTS[parts.scheme]}{path}"
 
 
 async def renew_lease(database: Any, *servers: str) -> None:

@@ -15,7 +15,7 @@ from tests.forked_process import run_forked
 from tests.test_import_graph import ENTRY_POINTS
 
 ROOT = Path(__file__).parent.parent
-FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *ENTRY_POINTS})]
+FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", "batch_processor", *ENTRY_POINTS})]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
     assert (forked.returncode, forked.stdout, forked.stderr) == (0, done.stdout, "")
 
 
-@pytest.mark.parametrize("file", mostly_thorough([file for file in FILES if file.parts[0] != "benchmarks"], 2), ids=str)
+@pytest.mark.parametrize("file", mostly_thorough(FILES, 2), ids=str)
 def test_program_without_its_packages_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
     """The system's Python has none; -S leaves out those of this one."""
     done = subprocess.run(
@@ -47,6 +47,34 @@ def test_program_without_its_packages_ends_with_one_sentence(file: Path, tmp_pat
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{file.name}: {sys.executable} lacks the packages of requirements.txt: ")
     assert ". .venv/bin/activate" in line
+
+
+@pytest.mark.parametrize(
+    "module",
+    mostly_thorough(
+        ["benchmarks", *(f"benchmarks.{name}" for name in "train_embedded baseline_accuracy embedded_speed".split())], 4
+    ),
+)
+def test_benchmark_without_its_packages_ends_with_one_sentence(module: str) -> None:
+    """``make venv`` installs those of the product only."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", module],
+        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(module.rpartition(".")[2])
+    assert " lacks the packages of requirements.txt: run make venv" in line or ": run make bench ARGS=--help" in line
+
+
+@pytest.mark.parametrize("file", mostly_thorough(FILES, 3), ids=str)
+def test_wrong_flag_is_answered_with_one_line(file: Path, tmp_path: Path) -> None:
+    """The usage of all flags would hide it."""
+    done = run_forked([ROOT / file, "--file", "x", "--hlp"], clean_environment(), tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "unrecognized arguments: " in line
+    assert line.endswith("--help lists the flags.")
 
 
 def test_service_on_a_port_in_use_names_the_flag(tmp_path: Path) -> None:

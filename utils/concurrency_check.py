@@ -30,12 +30,12 @@ from commands.flags import add_model_flags, command_settings, positive
 from config import Settings
 from error_handler import ExitCode
 from logger import configure_logging
-from utils.process import exit_code_of
+from utils.process import Parser, exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure with the flags in *argv* (None: those of the process) and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="concurrency_check.py",
         description="Measure how many calls the model server runs at once, to choose --max-concurrent.",
         epilog="Exit codes: 0 measured, 2 usage, configuration or model, 3 the server is not reachable.",

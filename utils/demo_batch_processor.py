@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     require_packages()
 
-import argparse
 import asyncio
 import json
 import tempfile
@@ -36,7 +35,7 @@ from domain.text import one_line
 from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
 from model_server.protocol import ChatReply, ChatTarget
-from utils.process import exit_code_of
+from utils.process import Parser, exit_code_of
 from worker.intake import Classify
 
 
@@ -109,7 +108,7 @@ SCRIPT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration (*argv* None: flags of the process) and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="demo_batch_processor.py",
         description="Show the batch worker on five conversations, without MongoDB and without a model.",
         allow_abbrev=False,

@@ -50,7 +50,7 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document, bson_encode, dumps, id_text
 from storage.mongo_errors import translated
 from storage.selection import StateFields
-from utils.process import exit_code_of, is_confirmed
+from utils.process import Parser, exit_code_of, is_confirmed
 from worker.left_out import NAMED_STATUSES, status_name
 
 PAGE_SIZE = 500
@@ -75,7 +75,7 @@ _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "pro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the import in *argv* (None: of the process) and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mongodb_import.py",
         description="Import conversations into MongoDB: the shipped samples, or a file. Importing twice adds nothing.",
         epilog="Exit codes: 0 done, 2 usage, configuration or file, 3 MongoDB is not reachable, 130 interrupted.",

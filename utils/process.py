@@ -1,4 +1,4 @@
-"""Process helpers: signals, exit codes, numbers of the command line, garbage collection."""
+"""Process helpers: signals, exit codes, the command line, garbage collection."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import io
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from error_handler import ExitCode, TriadError
 
@@ -95,15 +96,25 @@ def tell_line(sentence: str) -> None:
 
 
 class _UnreadOutput(io.FileIO):
-    """The file of a standard stream. It drops what is written after the reader has closed the pipe or the terminal."""
+    """The file of a standard stream. It drops what is written after the reader has closed the pipe or the terminal.
+
+    It writes all the rest: with PYTHONUNBUFFERED, Python drops what the kernel does not take in one call, for example because
+    of a signal.
+    """
 
     def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
         try:
-            return super().write(data)
+            while rest:
+                taken: int | None = super().write(rest)
+                if taken is None:  # another program has made the terminal non-blocking
+                    select.select([], [self], [])
+                else:
+                    rest = rest[taken:]
         except OSError as exc:
             if exc.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            return memoryview(data).nbytes
+        return memoryview(data).nbytes
 
 
 def _protected(stream: TextIO) -> TextIO:
@@ -140,6 +151,24 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
         return ExitCode.INTERRUPTED
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser that answers a wrong flag with one line and the closest flag, instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = "" if unknown == message else closest(unknown.split()[0].partition("=")[0], self._option_string_actions)
+        end = "" if message.endswith("?") else "."
+        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: {message}{end}{hint} {self.prog} --help lists the flags.\n")
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the one of *words* that is most like *word*; empty if none is similar."""
+    import difflib  # noqa: PLC0415 - only for an error
+
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def number_between(kind: Callable[[str], N], least: float, most: float = sys.float_info.max) -> Callable[[str], N]:
     """Return an argparse type for the finite numbers of *kind*, int or float, from *least* to *most*."""
     limit = "or more" if most == sys.float_info.max else f"to {most:g}"
@@ -154,16 +183,24 @@ def number_between(kind: Callable[[str], N], least: float, most: float = sys.flo
     return parse
 
 
+async def wait_for_input(descriptor: int) -> None:
+    """Return when *descriptor* can be read. Ctrl-C ends the wait; a thread that reads would survive it."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    with suppress(OSError, NotImplementedError):  # a file is always readable
+        loop.add_reader(descriptor, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            # uvloop makes it non-blocking, and so stdout and the shell, if all are one terminal: long output would be cut.
+            os.set_blocking(descriptor, True)
+
+
 async def is_confirmed(question: str) -> bool:
     """Ask *question* on the terminal and return whether the answer is yes. Ctrl-C ends the wait."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
-    loop, answered = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sys.stdin, answered.set)  # Ctrl-C does not interrupt input()
-    try:
-        await answered.wait()
-    finally:
-        loop.remove_reader(sys.stdin)
+    await wait_for_input(sys.stdin.fileno())
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

@@ -43,6 +43,7 @@ from model_server.models import (
 from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
 from network.addresses import is_loopback
+from network.outgoing import origin
 from worker.plan import Sample, run_window
 from worker.reply_choice import classifier_for
 
@@ -131,7 +132,9 @@ def unencrypted(settings: Settings) -> Finding | None:
     parts = urlsplit(settings.server_url)
     if parts.scheme == "https" or is_loopback(parts.hostname):
         return None
-    sentence = f"{settings.server_url} is another machine without encryption: customer text crosses the network."
+    sentence = (
+        f"{origin(settings.server_url)} is another machine without encryption: customer text crosses the network."
+    )
     return warning(sentence, "Use TLS (https://) or a tunnel (ssh -L); ignore this in a private container network.")
 
 
@@ -141,7 +144,7 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     name = f"Ollama {version}" if version else "The model server"
     refused = f", and {remote} in a cloud, which are refused" if remote else ""
     holds = f"with {counted(local, 'local model')}{refused}" if models or version else "and lists no models"
-    sentence = f"{name} answers at {settings.server_url} {holds}"
+    sentence = f"{name} answers at {origin(settings.server_url)} {holds}"
     numbers = {"version": version, "local_models": local, "remote_models": remote}
     if is_outdated(version):
         remedy = "Update it to 0.5.0 or later; 0.12.11 or later has everything that a run uses."

@@ -145,7 +145,7 @@ async def measure(
         # Another window would make the server reload the model, and again for the next client.
         choice = choose_window(None, target.context_limit, settings.ollama_num_ctx)
         target = await client.warm_up(choice, tell)
-        tell(f"Warming up {target.model} at {target.server_url} ...")
+        tell(f"Warming up {target.model} at {target.address} ...")
         await _call(client, settings.llm_timeout_s)
         levels: list[Level] = []
         stopped = None
@@ -164,7 +164,7 @@ async def measure(
             if until_one_waits and levels[-1].waited:
                 break
     num_ctx = None if target.protocol == "openai_chat" else target.num_ctx
-    return Measurement(target.model, target.server_url, tuple(levels), stopped, num_ctx)
+    return Measurement(target.model, target.address, tuple(levels), stopped, num_ctx)
 
 
 def levels_up_to(at_most: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from embedded.replica_set import ReplicaSetMongod
 from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import ForkedProcess
+from tests.terminal import Terminal
 from tests.worker.long_conversations import long_conversation
 from tests.worker.site import ROOT, Site, conversation
 
@@ -166,23 +166,15 @@ def test_progress_is_shown_only_on_a_terminal(site: Site) -> None:
     """Stderr is a terminal, stdout a file: one JSON object, and a spinner that names the current check."""
     assert site.model is not None
     site.model.configure(latency_s=0.5)
-    leader, follower = pty.openpty()
-    with os.fdopen(leader, "rb", buffering=0) as terminal:
-        out, command = site.folder / "out", [str(ROOT / "cli.py"), "doctor", "--json", "--max-probe", "2"]
-        with out.open("wb") as file, open(os.devnull, "rb") as nothing:
-            streams = [nothing.fileno(), file.fileno(), follower]
-            with ForkedProcess(command, site.environment(TERM="xterm"), site.folder, None, streams=streams) as process:
-                os.close(follower)
-                assert process.wait(60) == 0
-        shown = b""
-        try:
-            while piece := terminal.read(65_536):
-                shown += piece
-        except OSError:  # Linux raises it when the other end is closed
-            pass
+    out, command = site.folder / "out", [str(ROOT / "cli.py"), "doctor", "--json", "--max-probe", "2"]
+    with Terminal() as terminal, out.open("wb") as file, open(os.devnull, "rb") as nothing:
+        streams = [nothing.fileno(), file.fileno(), terminal.inner]
+        with ForkedProcess(command, site.environment(TERM="xterm"), site.folder, None, streams=streams) as process:
+            shown = terminal.shown_until_end_of(process)
+            assert process.wait(60) == 0
     assert json.loads(out.read_text())["errors"] == 0
-    for words in ("2 at once, 2 rounds", "Checking Settings"):
-        assert words in shown.decode()
+    for words in ("2 at once, round 2 of 2", "Checking Settings"):
+        assert words in shown
 
 
 # The clock

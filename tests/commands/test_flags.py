@@ -177,7 +177,7 @@ def test_invalid_value_names_the_setting(argv: list[str], named: str) -> None:
         (
             "--source-collection",
             "a$",
-            "MONGODB_SOURCE_COLLECTION: must be the name of a collection, without $ and without a dot at an end.",
+            "MONGODB_SOURCE_COLLECTION: must be a name without $ and without a dot at an end.",
         ),
     ],
 )

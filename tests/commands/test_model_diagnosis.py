@@ -163,6 +163,13 @@ def test_unencrypted_remote_server_is_a_warning(url: str, level: str | None) -> 
     assert (found and found.level) == level
 
 
+def test_path_of_the_server_is_not_printed() -> None:
+    """It may be a key of a gateway, and people paste the output of ``doctor``."""
+    found = unencrypted(load_settings(None, ollama_endpoint="http://192.0.2.1:1/sk-secret"))
+    assert found is not None
+    assert found.sentence.startswith("http://192.0.2.1:1 is another machine")
+
+
 # Window, memory, load
 
 

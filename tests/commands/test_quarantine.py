@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import pty
 import re
 import signal
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from storage import extended_json
 from storage.extended_json import id_key
 from tests.crash.faulty_worker import QUARANTINE_SEAMS
 from tests.forked_process import ForkedProcess
+from tests.terminal import Terminal
 from tests.worker.site import ROOT, Site, calls, check_results, check_statuses, conversation
 from utils.batch_file_manager import BatchFiles
 from utils.failed_documents import FailedDocument
@@ -404,26 +404,20 @@ def test_retry_failed_after_a_killed_replay(site: Site) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "code", "left"),
-    [(b"y\n", 0, 0), (b"n\n", 2, 4), (b"\n", 2, 4), (b"\x04", 2, 4), (b"\x03", 130, 4)],
+    [("y\n", 0, 0), ("n\n", 2, 4), ("\n", 2, 4), ("\x04", 2, 4), ("\x03", 130, 4)],
     ids=repr,
 )
-def test_drop_asks_for_confirmation(files: BatchFiles, directory: Path, answer: bytes, code: int, left: int) -> None:
+def test_drop_asks_for_confirmation(files: BatchFiles, directory: Path, answer: str, code: int, left: int) -> None:
     """Only yes drops; Ctrl-C ends the command at once."""
-    main, terminal = pty.openpty()
     command = [str(ROOT / "cli.py"), "quarantine", "drop", "--all", "--batch-files-dir", str(directory)]
-    process = ForkedProcess(command, os.environ, directory.parent, None, streams=[terminal] * 3)
-    try:
-        os.close(terminal)
-        shown = b""
-        while b"[y/N]" not in shown:
-            shown += os.read(main, 4096)
-        assert b"Drop 4 documents from quarantine for good?" in shown
-        os.write(main, answer)
+    with (
+        Terminal() as terminal,
+        ForkedProcess(command, os.environ, directory.parent, None, streams=[terminal.inner] * 3) as process,
+    ):
+        shown = terminal.shown_until_end_of(process, [("[y/N]", answer)])
+        assert "Drop 4 documents from quarantine for good?" in shown
         assert process.wait(60) == code
-    finally:
-        process.kill()
-        process.wait()
-        os.close(main)
+        assert os.get_blocking(terminal.inner), "the shell that has started it cannot read any more"
     assert len(places(directory)["quarantine"]) == left
 
 

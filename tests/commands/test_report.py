@@ -86,6 +86,18 @@ def test_week_after_an_outage_is_a_significant_change(place: Site, database: Pla
     ]
 
 
+def test_corrections_of_one_period_are_no_change(place: Site, database: Place) -> None:
+    """The model gave the same labels in both; people have corrected those of the later one only."""
+    results = [result(LABELS, START + timedelta(days=7 * (number % 2))) for number in range(80)]
+    database.sentimental_analysis.insert_many(results)
+    corrections = [correction(one, "sentiment", "Neutral") for one in results[1::2]]
+    database.sentimental_analysis_corrections.insert_many(corrections)
+    ended = report(place)
+    assert "40 conversations with labels decided by people; these count." in ended.out
+    assert "0 significant changes against the period before." in ended.out
+    assert "without corrections" in page_of(place)
+
+
 def test_wrong_date_in_the_future_leaves_changes_and_charts(place: Site, database: Place) -> None:
     days_ago = (2, 9, -60_000)
     database.sentimental_analysis.insert_many(

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import re
-import select
-import struct
 import termios
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +14,12 @@ from pymongo.database import Database
 from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess
 from tests.in_process import run_cli
 from tests.review.review_site import AGREED, fill, result
+from tests.terminal import STEERING, Terminal
 from tests.worker.site import ROOT, Site
 
 Data = Database[dict[str, Any]]
 ALL = ("--reviewer", "anna", "--control", "0", "--double", "0")
 pytestmark = pytest.mark.usefixtures("built_in_classifier")
-STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
@@ -181,26 +175,20 @@ def test_review_on_a_terminal(place: Site) -> None:
 
 def on_terminal(place: Site, answers: list[tuple[str, str]]) -> tuple[str, int, int]:
     """Press each key once its text is shown; return what was shown, the exit code, and the local flags at the end."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = place.environment() | {"TERM": "xterm"}
     command = [str(ROOT / "cli.py"), "review", *ALL]
-    process = ForkedProcess(
-        command, environment, place.folder, None, streams=[theirs] * 3, preload=OF_THE_BUILT_IN_CLASSIFIER
-    )
-    shown, waiting, end = b"", list(answers), time.monotonic() + 60
-    with process:
-        while process.poll() is None:
-            assert time.monotonic() < end, shown.decode()
-            if select.select([ours], [], [], 0.05)[0]:
-                shown += os.read(ours, 65536)
-            if waiting and waiting[0][0] in STEERING.sub("", shown.decode(errors="replace")):
-                os.write(ours, waiting.pop(0)[1].encode())
-                shown = b""
-        code = process.wait(10)
-        while select.select([ours], [], [], 0)[0]:
-            shown += os.read(ours, 65536)
-        flags = termios.tcgetattr(theirs)[3]
-    os.close(theirs)
-    os.close(ours)
-    return STEERING.sub("", shown.decode()), code, flags
+    with (
+        Terminal(100, 40) as terminal,
+        ForkedProcess(
+            command,
+            environment,
+            place.folder,
+            None,
+            streams=[terminal.inner] * 3,
+            preload=OF_THE_BUILT_IN_CLASSIFIER,
+        ) as process,
+    ):
+        shown = terminal.shown_until_end_of(process, answers)
+        flags = termios.tcgetattr(terminal.inner)[3]
+        assert os.get_blocking(terminal.inner), "the shell that has started it cannot read any more"
+        return STEERING.sub("", shown), process.wait(10), flags

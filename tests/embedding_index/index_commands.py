@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import pty
-import select
 import sqlite3
-import struct
-import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +19,7 @@ from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, Ended, ForkedProcess
 from tests.in_process import run_cli
 from tests.service.service_process import conversation
+from tests.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 END_S = 90.0
@@ -102,48 +98,25 @@ class IndexSite:
         return Ended(*run_cli(["index", *flags], self.environment | changes, self.folder))
 
     def on_terminal(self, *flags: str, answer: str | None = None, columns: int = 80, **changes: str) -> Ended:
-        """Run it on a terminal; *answer* is typed when a question appears, and "^C" is Ctrl-C."""
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        """Run it on a terminal; *answer* is typed when a question appears."""
         environment = self.environment | {"TERM": "xterm"} | changes
-        with open(os.devnull, "rb") as nothing:
-            # A terminal that is nobody's controlling terminal: the kernel discards what has not been read yet if the leader
-            # of its session ends.
-            given = nothing.fileno() if answer is None else theirs
-            process = ForkedProcess(
+        answers = [] if answer is None else [("[y/N]", answer)]
+        with (
+            Terminal(columns) as terminal,
+            ForkedProcess(
                 self._command(flags),
                 environment,
                 self.folder,
                 None,
-                streams=[given, theirs, theirs],
+                streams=[terminal.inner] * 3,
                 preload=OF_THE_INDEX,
-            )
-        with process:
-            os.close(theirs)
-            shown = _read(ours, answer)
-            code = process.wait(END_S)
-        os.close(ours)
-        return Ended(code, shown, "")
+            ) as process,
+        ):
+            shown = terminal.shown_until_end_of(process, answers)
+            return Ended(process.wait(END_S), shown, "")
 
     def _command(self, flags: Sequence[str]) -> list[str]:
         return [str(ROOT / "cli.py"), "index", *flags]
-
-
-def _read(terminal: int, answer: str | None) -> str:
-    """Return what is shown until the other side is closed."""
-    shown, end = b"", time.monotonic() + END_S
-    while True:
-        assert select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0], shown.decode()
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:  # EIO: nobody has it open any more
-            return shown.decode()
-        if not part:
-            return shown.decode()
-        shown += part
-        if answer is not None and b"[y/N]" in shown:
-            os.write(terminal, b"\x03" if answer == "^C" else answer.encode())
-            answer = None
 
 
 def until(met: Callable[[], bool], what: str) -> None:

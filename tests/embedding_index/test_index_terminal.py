@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tests.embedding_index.index_commands import RELATIONSHIPS, TABLES, IndexSite
+from tests.terminal import STEERING
 
-STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 OVER = ("--batch", "--max-cost", "0")
 
 
@@ -19,7 +17,7 @@ def test_the_question_for_the_price(site: IndexSite, no: str) -> None:
     assert (refused.code, site.calls) == (2, 0), refused.out
     assert "more than --max-cost 0 allows. Continue? [y/N]" in refused.out
     assert "Nothing was sent" in refused.out
-    ended = site.on_terminal(*OVER, answer="^C")
+    ended = site.on_terminal(*OVER, answer="\x03")
     assert (ended.code, site.calls) == (130, 0), ended.out
     agreed = site.on_terminal(*OVER, answer="y\n")
     assert (agreed.code, site.calls) == (0, 2), agreed.out

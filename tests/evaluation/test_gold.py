@@ -121,6 +121,12 @@ def test_file_without_any_field_of_the_taxonomy_is_an_error(name: str, text: str
         read(tmp_path, name, text)
 
 
+@pytest.mark.parametrize("name", ["gold.jsonl", "gold.csv"])
+def test_empty_file_is_named_as_such(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is empty; --gold requires a line of JSON, or a row of CSV"):
+        read(tmp_path, name, "\n")
+
+
 def test_missing_file_and_broken_csv_are_errors(tmp_path: Path) -> None:
     """The message names the file."""
     with pytest.raises(ConfigurationError, match=r"none\.jsonl cannot be read"):

@@ -207,14 +207,16 @@ def test_slow_body_comes_byte_by_byte(ollama: FakeOllama) -> None:
         assert head.startswith(b"HTTP/1.1 200 OK")
         while not begun:
             begun = opened.recv(4096)
-        assert len(begun) == 1
+        assert len(begun) < 20  # of more than 100; a busy machine reads late
     ollama.wait_for("client_disconnects", 1)
 
 
 def test_slow_headers_come_byte_by_byte(ollama: FakeOllama) -> None:
     strike(ollama, "slow_headers", bytes_per_s=5)
     with open_chat(ollama) as opened:
-        assert opened.recv(4096) == b"H"
+        begun = opened.recv(4096)
+    assert begun
+    assert b"HTTP/1.1 200 OK\r\n".startswith(begun)
 
 
 def test_body_shorter_than_promised(ollama: FakeOllama) -> None:

@@ -339,7 +339,12 @@ def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None
         ("a.csv", f'text\n"{SECRET}" b\n', "line 2: expected CSV with texts in double quotes"),
         ("a.csv", "flavour,size\nok,1\n", "line 1: the column text is missing, and no other column is known to hold"),
         ("a.csv", "flavour,size\nok,1\n", "Name it with --map text=COLUMN; the columns are flavour, size."),
+        ("a.csv", f'"I paid, {SECRET}",customer\nok,agent\n', "Name it with --map text=COLUMN; a table needs a header"),
+        ("a.csv", f"{SECRET} again,2026-01-02\nok,2026-01-03\n", "so add one if it starts with a row."),
+        ("a.csv", f"{SECRET} again\nok\n", "so add one if it starts with a row."),
         ("a.csv", "", "line 1: the file is empty; expected a header"),
+        ("a.jsonl", "", "line 1: the file is empty; export it again as (Extended) JSON: one array, one object, or one"),
+        ("a.json", "\n \n", "line 1: the file is empty; export it again as (Extended) JSON: one array"),
         ("a.csv", "tweet_id,text\n1,ok\n", "line 1: the column author_id, inbound, created_at, in_response_to_tweet"),
         (
             "a.csv",

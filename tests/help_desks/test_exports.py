@@ -342,7 +342,7 @@ def test_dropped_columns_are_nowhere_in_the_documents(tmp_path: Path) -> None:
     documents, _ = read(write(tmp_path / "a.csv", text), dropped=["customer e-mail"])
     assert "ann@example.com" not in str(documents)
     with pytest.raises(
-        ConfigurationError, match="there is no column E-mail; there are ticket_id, message, Customer e-mail"
+        ConfigurationError, match="there is no column E-mail; the columns are ticket_id, message, Customer e-mail"
     ):
         read(tmp_path / "a.csv", dropped=["E-mail"])
     documents, notes = read(
@@ -358,7 +358,7 @@ def test_dropped_columns_are_nowhere_in_the_documents(tmp_path: Path) -> None:
     [
         (["words=Body"], "expected FIELD=COLUMN with a FIELD of text, sender,"),
         (["text"], "expected FIELD=COLUMN"),
-        (["text=Boddy"], "there is no column Boddy; there are ticket_id, Body"),
+        (["text=Boddy"], "there is no column Boddy; the columns are ticket_id, Body"),
     ],
 )
 def test_wrong_map_is_named_with_what_there_is(tmp_path: Path, maps: list[str], expected: str) -> None:

@@ -19,6 +19,7 @@ from openai_batch.actions import LINE_EVERY_S, JobProgress
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
 from tests.openai_batch.openai_job import END_S, ROOT, Job
+from tests.terminal import Terminal
 from tests.worker.site import until
 
 ELSEWHERE = "http://192.0.2.1:9/v1"  # a documentation address: nobody is there, and nothing may ask
@@ -408,30 +409,15 @@ def test_progress_without_terminal_prints_occasional_lines() -> None:
 @pytest.mark.thorough
 def test_progress_on_terminal_is_redrawn(job: Job) -> None:
     """One line for each batch."""
-    controller, terminal = os.openpty()
     environment = job.environment(TERM="xterm", COLUMNS="100", POLL_INTERVAL="0.5")
-    with open(os.devnull, "r+b") as nothing:
-        streams = [nothing.fileno(), nothing.fileno(), terminal]
-        process = ForkedProcess(job.command("run"), environment, job.folder, None, streams=streams)
-    os.close(terminal)
-    seen = b""
-    try:
-        while chunk := _read(controller):
-            seen += chunk
-    finally:
-        os.close(controller)
-        code = process.wait(60)
-    assert code == 0
-    assert b"shard 3: " in seen
-    assert b" of 10 done" in seen
-    assert b"\x1b[2K" in seen  # the progress line is erased and drawn again
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # the other end was closed
-        return b""
+    with Terminal() as terminal, open(os.devnull, "r+b") as nothing:
+        streams = [nothing.fileno(), nothing.fileno(), terminal.inner]
+        with ForkedProcess(job.command("run"), environment, job.folder, None, streams=streams) as process:
+            seen = terminal.shown_until_end_of(process)
+            assert process.wait(60) == 0
+    assert "shard 3: " in seen
+    assert " of 10 done" in seen
+    assert "\x1b[2K" in seen  # the progress line is erased and drawn again
 
 
 @pytest.mark.thorough

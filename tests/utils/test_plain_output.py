@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
@@ -57,6 +59,19 @@ def test_json_stays_json(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None
     value = {"text": "Größe 💶 退款 \ud83d"}
     text = written(encoding, lambda: print(json.dumps(value, ensure_ascii=False)), monkeypatch)
     assert json.loads(text) == value
+
+
+def test_unbuffered_output_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes a part in one call: here because the pipe is full, on a terminal because of any signal."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    text = "x" * 300_000
+    with open(ours, "rb") as reader, ThreadPoolExecutor(1) as pool:
+        with io.TextIOWrapper(io.FileIO(theirs, "wb"), "utf-8", write_through=True) as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            read = pool.submit(reader.read)
+            assert exit_code_of(lambda: print(text, end="") or 0, "test", verbose=False) == 0
+        assert read.result() == text.encode()
 
 
 @pytest.mark.thorough

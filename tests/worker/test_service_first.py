@@ -76,6 +76,13 @@ def test_local_addresses_name_the_machine_and_aliases_are_one_server() -> None:
     assert server_name("http://one:8000") != server_name("http://one:8001")
 
 
+def test_name_of_a_server_has_no_path_that_may_hold_a_key() -> None:
+    """Everybody who reads MongoDB, or a copy of it, sees the names."""
+    name = server_name("http://one:8000/sk-secret")
+    assert "secret" not in name
+    assert name not in (server_name("http://one:8000"), server_name("http://one:8000/sk-other"))
+
+
 def test_lease_names_its_server(mongodb_uri: str, db_name: str) -> None:
     """A renewal changes what a reader of that server sees, and nothing for readers of another."""
 

@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -208,82 +209,72 @@ async def test_documents_of_local_files_are_left_to_these_files(tmp_path: Path) 
     assert taken == [3]
 
 
-async def test_neither_lane_takes_what_the_other_has_in_work(
-    mongodb_uri: str, database: Database[Document], tmp_path: Path
-) -> None:
+@pytest.fixture
+async def parts(mongodb_uri: str, database: Database[Document], tmp_path: Path) -> AsyncIterator[RunParts]:
+    """Return the parts of a run that has not started."""
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    yield RunParts(settings, RunOptions(), store, files, checkpoint, asyncio.Event(), cast("Any", None))
+    await store.close()
+
+
+def settlement_of(parts: RunParts, *, replaces: bool = False) -> Settlement:
+    return Settlement(parts.store, parts.files, parts.checkpoint, replaces=replaces, on_rejected=lambda _: None)
+
+
+async def test_neither_lane_takes_what_the_other_has_in_work(parts: RunParts, database: Database[Document]) -> None:
     """Single queries look pending while they are in work."""
     queries = [{"_id": number, "text": f"Case {number}", "processed": False} for number in range(6)]
     database["conversation_set"].insert_many(queries)
-    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
-    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
-    parts = RunParts(settings, RunOptions(batch_size=3), store, files, checkpoint, asyncio.Event(), cast("Any", None))
-    settlement = Settlement(store, files, checkpoint, replaces=False, on_rejected=lambda _: None)
-    intake = DocumentIntake(parts, settlement)
-    try:
-        pages = intake.fresh()
-        first = await anext(pages)
-        assert first.document_ids == [0, 1, 2]
-        urgent = await intake.urgent([4, 1])
-        assert urgent is not None
-        assert urgent.document_ids == [4]
-        assert await intake.urgent([0, 4]) is None
-        assert [batch.document_ids async for batch in pages] == [[3, 5]]
-    finally:
-        await store.close()
+    intake = DocumentIntake(replace(parts, options=RunOptions(batch_size=3)), settlement_of(parts))
+    pages = intake.fresh()
+    first = await anext(pages)
+    assert first.document_ids == [0, 1, 2]
+    urgent = await intake.urgent([4, 1])
+    assert urgent is not None
+    assert urgent.document_ids == [4]
+    assert await intake.urgent([0, 4]) is None
+    assert [batch.document_ids async for batch in pages] == [[3, 5]]
 
 
 async def test_stream_and_urgent_lane_take_nothing_twice(
-    mongodb_uri: str, database: Database[Document], tmp_path: Path
+    parts: RunParts, database: Database[Document], tmp_path: Path
 ) -> None:
     """Documents in work look pending in a stream, and their leases are those of this worker."""
     queries = [{"_id": number, "text": f"Case {number}", "processed": False} for number in range(4)]
     database["conversation_set"].insert_many(queries)
-    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
-    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
-    kinds = StalenessChecker(store, tmp_path, None)
-    options = RunOptions(only="changed")
-    stop = asyncio.Event()
-    parts = RunParts(settings, options, store, files, checkpoint, stop, cast("Any", None), kinds=kinds)
-    settlement = Settlement(store, files, checkpoint, replaces=True, on_rejected=lambda _: None)
-    intake = StreamIntake(cast("Any", None), parts, settlement)
+    kinds = StalenessChecker(parts.store, tmp_path, None)
+    parts = replace(parts, options=RunOptions(only="changed"), kinds=kinds)
+    intake = StreamIntake(cast("Any", None), parts, settlement_of(parts, replaces=True))
 
     async def announced(*document_ids: int) -> list[list[int]]:
-        documents = await store.read_documents("sweep", list(document_ids))
+        documents = await parts.store.read_documents("sweep", list(document_ids))
         return [batch.document_ids async for batch in intake._new(documents)]
 
-    try:
-        assert await announced(0, 1) == [[0, 1]]
-        urgent = await intake.urgent([1, 2])
-        assert urgent is not None
-        assert urgent.document_ids == [2]
-        assert intake.free([id_key(number) for number in range(4)], set()) == [id_key(3)]
-        assert await announced(0, 1, 2, 3) == [[3]]
-    finally:
-        await store.close()
+    assert await announced(0, 1) == [[0, 1]]
+    urgent = await intake.urgent([1, 2])
+    assert urgent is not None
+    assert urgent.document_ids == [2]
+    assert intake.free([id_key(number) for number in range(4)], set()) == [id_key(3)]
+    assert await announced(0, 1, 2, 3) == [[3]]
 
 
 async def test_limit_holds_while_a_page_gives_back_its_surplus(
-    mongodb_uri: str, database: Database[Document], tmp_path: Path
+    parts: RunParts, database: Database[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Urgent documents are taken at the same time."""
-
-    class Store(DocumentStore):
-        async def release(self, document_ids: list[Any]) -> None:
-            await super().release(document_ids)
-            urgent.append(await intake.urgent([9]))
-
     urgent: list[Any] = []
+    release = parts.store.release
+
+    async def release_and_take(document_ids: list[Any]) -> None:
+        await release(document_ids)
+        urgent.append(await intake.urgent([9]))
+
+    monkeypatch.setattr(parts.store, "release", release_and_take)
     database["conversation_set"].insert_many([conversation(number) for number in range(10)])
-    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
-    store, files, checkpoint = Store(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
-    options = RunOptions(batch_size=9, limit=4)
-    parts = RunParts(settings, options, store, files, checkpoint, asyncio.Event(), cast("Any", None))
-    intake = DocumentIntake(parts, Settlement(store, files, checkpoint, replaces=False, on_rejected=lambda _: None))
-    try:
-        assert [batch.document_ids async for batch in intake.fresh()] == [[0, 1, 2, 3]]
-        assert urgent == [None]
-    finally:
-        await store.close()
+    intake = DocumentIntake(replace(parts, options=RunOptions(batch_size=9, limit=4)), settlement_of(parts))
+    assert [batch.document_ids async for batch in intake.fresh()] == [[0, 1, 2, 3]]
+    assert urgent == [None]
 
 
 def test_a_kill_with_urgent_documents_in_work(site: Site) -> None:
