@@ -88,7 +88,7 @@ def test_every_exit_code_is_documented(code: ExitCode) -> None:
 
 
 def test_every_error_has_a_documented_exit_code() -> None:
-    """No error class has an undocumented exit code."""
+    """No error class has an undocumented exit code; the tree in docs/architecture.md names the right one."""
 
     def classes(base: type[TriadError]) -> list[type[TriadError]]:
         return [base, *(c for child in base.__subclasses__() for c in classes(child))]
@@ -97,7 +97,9 @@ def test_every_error_has_a_documented_exit_code() -> None:
     for error in classes(TriadError):
         assert isinstance(error.exit_code, ExitCode)
         if error.__module__ == "error_handler":
-            assert error.__name__ in tree, f"{error.__name__} is missing in the drawing of the tree"
+            drawn = re.search(rf"─ {error.__name__} .*|^{error.__name__} .*", tree, re.MULTILINE)
+            assert drawn, f"{error.__name__} is missing in the drawing of the tree"
+            assert set(re.findall(r"exit (\d+)$", drawn[0])) <= {str(error.exit_code.value)}, drawn[0]
 
 
 @pytest.mark.parametrize("reason", list(Reason), ids=str)
@@ -118,23 +120,48 @@ def test_presets_monitoring_modes_and_folders_are_documented() -> None:
 def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
     """A page names no module, test or page that does not exist."""
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(
-        r"`((?:docs|tests|utils|network|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
-    ):
-        assert (ROOT / name).exists(), f"{page.name} names {name}"
+    folders = "|".join(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    names = re.findall(rf"`((?:docs|data|{folders})/[a-z\d_./-]+\.(?:py|md|yaml|jsonl|example))`", text)
+    modules = re.findall(rf"`((?:{folders})/[a-z_]+)`", text)
+    for name in [*names, *modules]:
+        assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), f"{page.name} names {name}"
+
+
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+]
+
+
+def prose(page: Path) -> str:
+    """The text of *page* without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings of *page*, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(page)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def tables(page: Path) -> list[list[str]]:
     """The tables of *page*: runs of lines that begin with a bar, outside of blocks of code."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [found.splitlines() for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    return [found.splitlines() for found in re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE)]
 
 
-@pytest.mark.parametrize(
-    "page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_tables_render(page: Path) -> None:
-    """One head per table, then as many cells in each row: two tables without a blank line between them are one."""
+    """One head per table, then as many cells in each row: what follows without a blank line is part of the table."""
+    assert not re.findall(r"^\|.*\n(?!\|)(.+)", prose(page), re.MULTILINE)
     for head, line, *rows in tables(page):
         cells = len(re.findall(r"(?<!\\)\|", head))
         assert re.fullmatch(r"(\|:?-+:?)+\|", line.replace(" ", "")), head
@@ -145,11 +172,14 @@ def test_tables_render(page: Path) -> None:
 
 def test_safeguards_name_existing_modules_and_tests() -> None:
     """Each row of docs/safeguards.md, so that a renamed test is renamed there as well."""
-    rows = re.findall(r"^\| .+ \| `(.+?)` \| `(.+?)::(\w+)`", SAFEGUARDS, re.MULTILINE)
-    assert len(rows) == SAFEGUARDS.count("\n| **") > 200
-    for module, path, test in rows:
+    rows = re.findall(r"^\| (.+) \| `(.+?)` \| (`.+::\w+`.*) \|$", SAFEGUARDS, re.MULTILINE)
+    assert len(rows) == len({what for what, *_ in rows}) == SAFEGUARDS.count("\n| **") > 200
+    for _, module, tests in rows:
         assert (ROOT / module).is_file(), module
-        assert re.search(rf"^\s*(async )?def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), test
+        code = ""
+        for path, test in re.findall(r"`([\w/.]*?)(?:::)?(\w+)`", tests):
+            code = (ROOT / path).read_text(encoding="utf-8") if path else code  # a further test of the same file
+            assert re.search(rf"^\s*(async )?def {test}\(", code, re.MULTILINE), test
 
 
 def test_readme_names_run_and_test_on_the_first_screen() -> None:

@@ -178,6 +178,7 @@ def test_page_is_small_with_many_workers(service: ServiceProcess, database: Data
     answer = service.get("/dashboard", KEY)
     assert len(answer.body) < 50_000
     assert b"40 more are not shown" in answer.body
+    assert answer.body.partition(b'id="ended"')[2].count(b'<th scope="row">') == 20
 
 
 def test_order_is_stored_with_the_name_of_the_key(service: ServiceProcess, database: Data) -> None:

@@ -129,11 +129,9 @@ def test_requests_of_other_sites_are_refused(service: ServiceProcess, database: 
             assert (answer.status, answer.error) == (403, "CrossSiteError")
     assert not database["sentimental_analysis_review_leases"].count_documents({})
     form = {**key(ANNA), "Content-Type": "text/plain"}  # what a form of another site can send
-    skip = {
-        path: service.request("POST", path, b'{"source_id": "1"}', form).error
-        for path in ("/review/skip", "/review/skip%0A")
-    }
-    assert skip == {"/review/skip": "UnsupportedMediaTypeError", "/review/skip%0A": "NotFoundError"}
+    for path in ("/review/decisions", "/review/skip"):
+        bodies = [service.request("POST", path + end, b'{"source_id": "1"}', form).error for end in ("", "%0A")]
+        assert bodies == ["UnsupportedMediaTypeError", "NotFoundError"], path
     assert service.get("/review", {**key(ANNA), "Sec-Fetch-Site": "cross-site"}).status == 200
 
 
