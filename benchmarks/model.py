@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from aggregator import aggregate_conversation
 from benchmarks.documents import REAL_TWEETS, conversations
-from benchmarks.real_engine import EngineCall, RecordingClient, open_client
+from benchmarks.real_engine import EngineCall, RecordingClient, open_client, open_model
 from benchmarks.table import Row, figure
 from classifier import Classifier
 from config import load_taxonomy
@@ -84,7 +84,11 @@ def collect(count: int) -> dict[str, StyleRun]:
     taxonomy = load_taxonomy()
     first, *counted = [aggregate_conversation(document) for document in conversations(count + 1, REAL_TWEETS)]
     runs: dict[str, StyleRun] = {style: StyleRun() for style in STYLES}
-    with open_client(slots=len(STYLES) - 1) as client, open_client(slots=1) as client_of_score:
+    with (
+        open_model() as model,
+        open_client(model, slots=len(STYLES) - 1) as client,
+        open_client(model, slots=1) as client_of_score,
+    ):
         classifiers = [Classifier(taxonomy, reply_style=style) for style in STYLES]
         clients = {style: client_of_score if style == "score" else client for style in STYLES}
         for classifier in classifiers:

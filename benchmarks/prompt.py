@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aggregator import aggregate_conversation
-from benchmarks.real_engine import open_client
+from benchmarks.real_engine import open_client, open_model
 from benchmarks.table import Row
 from classifier import Classifier
 from config import Taxonomy, load_settings, load_taxonomy
@@ -126,7 +126,7 @@ def _open_client() -> Iterator[tuple[LLMClient, ReplyStyle]]:
     settings = load_settings(None)
     style: ReplyStyle = "full" if settings.reply_style == "auto" else settings.reply_style
     if not settings.model:
-        with open_client(slots=1) as client:
+        with open_model() as model, open_client(model, slots=1) as client:
             yield client, style
         return
     with open_session() as session:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import requests
 
@@ -15,8 +17,10 @@ from config import Settings, load_settings
 from llm_wrapper import LLMClient, open_session
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget, ServerRequest
-from tests.fakes.trained_model import MISSING, NAME, model_path, trained_engine
+from tests.fakes.tiny_engine import TinyEngine
+from tests.fakes.trained_model import MISSING, model_path, write_as_q8_0
 
+NAME = "smollm2:135m-instruct-q8_0"
 CONTEXT_TOKENS = 3072  # the shipped prompt, a conversation, and the longest answer
 
 
@@ -49,15 +53,23 @@ class RecordingClient(LLMClient):
 
 
 @contextlib.contextmanager
-def open_client(slots: int) -> Iterator[RecordingClient]:
-    """Yield a client of a new engine with all processors and *slots*, each of which keeps one prompt in its prefix cache.
+def open_model() -> Iterator[Path]:
+    """Yield the file of the model as Q8_0, a type that llama.cpp reads prompts fast with on processors.
 
     Raises:
         WorkerFailedError: The model is not installed.
     """
-    if (model := model_path()) is None:
+    if (source := model_path()) is None:
         raise WorkerFailedError(MISSING)
-    with trained_engine(model, CONTEXT_TOKENS, slots, os.cpu_count() or 1) as engine, open_session() as session:
+    with tempfile.TemporaryDirectory() as directory:
+        yield write_as_q8_0(source, Path(directory, "model.gguf"))
+
+
+@contextlib.contextmanager
+def open_client(model: Path, slots: int) -> Iterator[RecordingClient]:
+    """Yield a client of a new engine with all processors and *slots*, each of which keeps one prompt in its prefix cache."""
+    engine_of_model = TinyEngine(model, slots, CONTEXT_TOKENS, name=NAME, threads=os.cpu_count() or 1)
+    with engine_of_model as engine, open_session() as session:
         settings = load_settings(
             None, llm_api_url=f"{engine.url}/v1/chat/completions", llm_model=NAME, llm_timeout_s=1200
         )

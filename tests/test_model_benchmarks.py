@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import gguf
+import numpy as np
 import pytest
+from gguf.quants import dequantize, quantize
 
 from benchmarks import model, prompt
 from benchmarks.model import StyleRun
@@ -13,7 +18,7 @@ from config import load_taxonomy
 from domain.reply_style import STYLES, ReplyStyle
 from prompt_builder import build_system_prompt
 from tests.fakes.fake_ollama import FakeOllama
-from tests.fakes.trained_model import MISSING, model_path
+from tests.fakes.trained_model import MISSING, model_path, write_as_q8_0
 
 needs_model = pytest.mark.skipif(model_path() is None, reason=MISSING)
 
@@ -86,6 +91,28 @@ def test_named_model_is_asked_with_each_variant(monkeypatch: pytest.MonkeyPatch)
         assert float(reply) > 0
     assert the_row(rows, "0 examples:").ratio < the_row(rows, "4 examples:").ratio == "1.00"
     assert all(row.product.endswith("; 0") for row in rows if "unusable" in row.measure)
+
+
+def test_model_is_written_with_a_type_of_weights_that_is_read_fast(tmp_path: Path) -> None:
+    q4_1, q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+    weights = quantize(np.random.default_rng(1).standard_normal((4, 64), dtype=np.float32), q4_1)
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
+    writer.add_block_count(30)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("weights", weights, raw_dtype=q4_1)
+    writer.add_tensor("norm", np.ones(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    written = gguf.GGUFReader(write_as_q8_0(tmp_path / "old.gguf", tmp_path / "new.gguf"))
+
+    assert written.fields["llama.block_count"].contents() == 30
+    assert written.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    new, norm = written.tensors
+    assert (new.name, new.tensor_type, norm.name, norm.tensor_type.name) == ("weights", q8_0, "norm", "F32")
+    assert np.allclose(dequantize(new.data, q8_0), dequantize(weights, q4_1), atol=0.02)
 
 
 @needs_model

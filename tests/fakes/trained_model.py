@@ -45,6 +45,33 @@ def model_path() -> Path | None:
     return model
 
 
+def write_as_q8_0(source: Path, path: Path) -> Path:
+    """Write the model of *source* to *path*, with its Q4_1 weights as Q8_0, and return *path*.
+
+    llama.cpp (as of 2026) has no code that multiplies a Q4_1 matrix by many tokens at once on a processor, as it has for
+    Q8_0, Q4_0 and others. So it takes a third longer to read a conversation. The new weights differ by 0.6 % from the old ones.
+    """
+    import gguf
+    from gguf.quants import dequantize, quantize
+
+    old, new = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=items)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    for tensor in reader.tensors:
+        is_old = tensor.tensor_type == old
+        weights = quantize(dequantize(tensor.data, old), new) if is_old else tensor.data
+        writer.add_tensor(tensor.name, weights, raw_dtype=new if is_old else tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def trained_engine(model: Path, context_tokens: int, slots: int = 1, threads: int = 1) -> TinyEngine:
     """Return an engine with *model*; each slot has *context_tokens* for a prompt and its answer."""
     return TinyEngine(model, slots=slots, context_tokens=context_tokens, name=NAME, threads=threads)
