@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Numbers = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -78,7 +79,9 @@ def fit(
 
     start = np.zeros((width + 1) * size)
     options = {"maxiter": ITERATIONS, "ftol": TOLERANCE, "gtol": 1e-6}
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: on_step())
+    # scipy has a BLAS of its own, loaded just now: a limit that the caller has set does not reach it.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: on_step())
     matrix = found.x.astype(np.float32).reshape(width + 1, size)
     return Head(names, is_multiple, np.ascontiguousarray(matrix[:width]), matrix[width].copy())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from config.taxonomy import Field, Label, Taxonomy
 from error_handler import ConfigurationError
@@ -149,3 +150,23 @@ def test_gradient_is_that_of_the_loss() -> None:
     for is_multiple in (False, True):
         head = fit(("a", "b"), features, targets, weights, is_multiple=is_multiple, on_step=lambda: None)
         assert np.allclose(head.probabilities(features[:1]), [[0.75, 0.25]], atol=1e-3)
+
+
+def test_fit_uses_one_thread_of_each_blas(kinds: list[int], features: Numbers) -> None:
+    """scipy has a BLAS of its own: a limit that is set before scipy is loaded does not reach it."""
+
+    def blas_threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    seen: set[int] = set()
+    targets = np.eye(3, dtype=np.float32)[kinds]
+    with threadpool_limits(2, user_api="blas"):
+        fit(
+            NAMES,
+            features,
+            targets,
+            np.ones(COUNT, np.float32),
+            is_multiple=False,
+            on_step=lambda: seen.update(blas_threads()),
+        )
+    assert seen == {1}
