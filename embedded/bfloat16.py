@@ -25,7 +25,7 @@ MOST_SQUARE = np.float32(36.0)
 def bfloat16_if_fast() -> Arithmetic | None:
     """Return the arithmetic in bfloat16; None unless the package is installed and the processor has AMX.
 
-    The kernel's list decides, not the processor's own: an old kernel does not save the registers of AMX.
+    The list of the kernel decides: an old one ends a process that uses AMX, which the processor may have all the same.
     """
     try:
         has_amx = " amx_bf16" in PROCESSOR.read_text(encoding="utf-8")
