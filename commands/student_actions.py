@@ -6,7 +6,6 @@ import asyncio
 import time
 
 from rich.console import Console
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from commands.student_report import print_report
 from commands.student_results import LessonReader, Lessons
@@ -16,6 +15,7 @@ from embedded.bfloat16 import bfloat16_if_fast
 from embedded.minilm import FLOAT32, open_encoder
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
+from student.heads import one_thread
 from student.model import TRAIN, load_student, save_student
 from student.places import create_folder, student_path, vectors_path
 from student.training import train
@@ -33,7 +33,7 @@ async def train_student(settings: Settings, limit: int) -> int:
         await store.check()
         plan = await ask_plan(settings)
         start_s = time.monotonic()
-        with threadpool_limits(1, user_api="blas"), VectorCache(vectors_path(settings.batch_files_dir)) as cache:
+        with one_thread(), VectorCache(vectors_path(settings.batch_files_dir)) as cache:
             arithmetic = bfloat16_if_fast() or FLOAT32
             encoder = await asyncio.to_thread(open_encoder, arithmetic)
             lessons = await LessonReader(store, settings, taxonomy, plan, tell_line).read(limit, encoder, cache)

@@ -39,6 +39,16 @@ class Head:
         return _sigmoid(scores) if self.is_multiple else _softmax(scores)
 
 
+def one_thread() -> threadpool_limits:
+    """Return a context in which each matrix product has one thread. Enter it in the main thread, around ``fit``.
+
+    scipy has a BLAS of its own. A limit that is set before it is loaded, or in another thread, does not reach its optimiser.
+    """
+    import scipy.optimize  # noqa: F401, PLC0415 - as below
+
+    return threadpool_limits(1, user_api="blas")
+
+
 def fit(
     names: tuple[str, ...],
     features: Numbers,
@@ -82,9 +92,7 @@ def fit(
 
     start = np.zeros((width + 1) * size)
     options = {"maxiter": ITERATIONS, "ftol": TOLERANCE, "gtol": 1e-6}
-    # scipy has a BLAS of its own, loaded just now: a limit that the caller has set does not reach it.
-    with threadpool_limits(1, user_api="blas"):
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: on_step())
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: on_step())
     matrix = found.x.astype(np.float32).reshape(size, width + 1)
     return Head(names, is_multiple, np.ascontiguousarray(matrix[:, :width].T), matrix[:, width].copy())
 
