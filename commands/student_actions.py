@@ -6,16 +6,17 @@ import asyncio
 import time
 
 from rich.console import Console
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from commands.student_report import print_report
 from commands.student_results import LessonReader, Lessons
 from config import Settings, load_prompt_taxonomy
 from domain.text import counted
-from embedded.minilm import open_encoder
+from embedded.bfloat16 import bfloat16_if_fast
+from embedded.minilm import FLOAT32, open_encoder
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from student.choice import require_one_model
+from student.heads import one_thread
 from student.model import TRAIN, load_student, save_student
 from student.places import create_folder, student_path, vectors_path
 from student.training import train
@@ -34,8 +35,9 @@ async def train_student(settings: Settings, limit: int) -> int:
         await store.check()
         plan = await ask_plan(settings)
         start_s = time.monotonic()
-        with threadpool_limits(1, user_api="blas"), VectorCache(vectors_path(settings.batch_files_dir)) as cache:
-            encoder = await asyncio.to_thread(open_encoder)
+        with one_thread(), VectorCache(vectors_path(settings.batch_files_dir)) as cache:
+            arithmetic = bfloat16_if_fast() or FLOAT32
+            encoder = await asyncio.to_thread(open_encoder, arithmetic)
             lessons = await LessonReader(store, settings, taxonomy, plan, tell_line).read(limit, encoder, cache)
             read_s = time.monotonic() - start_s
             model = lessons.models.most_common(1)[0][0] if lessons.models else ""
@@ -47,16 +49,16 @@ async def train_student(settings: Settings, limit: int) -> int:
         student = save_student(settings.batch_files_dir, student)
     finally:
         await store.close()
-    tell_line(_timing(lessons, read_s, time.monotonic() - start_s))
+    tell_line(_timing(lessons, arithmetic.name, read_s, time.monotonic() - start_s))
     print_report(Console(emoji=False, highlight=False), student, settings.batch_files_dir)
     return ExitCode.DONE
 
 
-def _timing(lessons: Lessons, read_s: float, total_s: float) -> str:
+def _timing(lessons: Lessons, arithmetic: str, read_s: float, total_s: float) -> str:
+    embedded = f"{counted(lessons.embedded, 'conversation')} in {arithmetic} (the vectors of the others were known)"
     return (
         f"student: trained in {total_s:.1f} s: {read_s - lessons.embedding_s:.1f} s to read, {lessons.embedding_s:.1f} s to embed "
-        f"{counted(lessons.embedded, 'conversation')} (the vectors of the others were known), {total_s - read_s:.1f} s to fit "
-        "and certify"
+        f"{embedded}, {total_s - read_s:.1f} s to fit and certify"
     )
 
 

@@ -7,7 +7,7 @@ sentence-transformers needs gigabytes of PyTorch for its six layers. This comput
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,37 +32,52 @@ EPSILON = 1e-12  # layer_norm_eps of config.json
 CHUNK_TOKENS = 1024  # padded tokens computed at once; the intermediate values fit into a processor's cache
 GELU_ROWS = 32
 NOWHERE = np.float32(-1e9)  # score of padding: its share of the attention is 0
+MEAN = np.full(DIMENSIONS, 1 / DIMENSIONS, np.float32)
 
 Numbers = NDArray[np.float32]
 Pair = tuple[Numbers, Numbers]
 """Weight and bias."""
+Product = Callable[[Numbers], Numbers]
+"""Multiplies rows by the weights of one step; returns a new array."""
+Dense = tuple[Product, Numbers]
+"""Product and bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """The two dearest steps. *product_with* returns the product with a matrix. *gelu* takes rows, which it changes, and a bias."""
+
+    name: str
+    product_with: Callable[[Numbers], Product]
+    gelu: Callable[[Numbers, Numbers], Numbers]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer, for ``x @ weight``; *qkv* are query, key and value side by side."""
+    """Weights of one layer; *qkv* are query, key and value side by side."""
 
-    qkv: Pair
-    attention_output: Pair
+    qkv: Dense
+    attention_output: Dense
     attention_norm: Pair
-    intermediate: Pair
-    output: Pair
+    intermediate: Dense
+    output: Dense
     output_norm: Pair
 
 
 class Encoder:
     """The tokenizer and the six layers. Safe for several threads; pin BLAS to one thread per matrix product around it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load the model of *folder* (see ``model_folder``): 90 MB.
+    def __init__(self, folder: Path, arithmetic: Arithmetic | None = None) -> None:
+        """Load the model of *folder* (see ``model_folder``): 90 MB. It computes with float32 unless *arithmetic* is given.
 
         Raises:
             ConfigurationError: Its files are missing or damaged.
         """
+        chosen = arithmetic or FLOAT32
         try:
             self._tokenizer = Tokenizer.from_str(_tokenizer_json(folder / "tokenizer.json"))
             weights = load_file(folder / "model.safetensors")
-            self._words, self._positions, self._norm, self._layers = _arranged(weights)
+            self._words, self._positions, self._norm, self._layers = _arranged(weights, chosen.product_with)
         except (OSError, ValueError, SafetensorError, KeyError) as exc:
             raise ConfigurationError(
                 f"the files of the package {PACKAGE} cannot be read ({type(exc).__name__}); install it again: "
@@ -71,6 +86,7 @@ class Encoder:
         # The file says 128 for both: long texts would be truncated silently, short ones padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._gelu = chosen.gelu
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, including the two that mark its ends."""
@@ -86,11 +102,12 @@ class Encoder:
             mask[place, : len(one)] = 1.0
         x = (self._words[tokens] + self._positions[:length]).reshape(count * length, DIMENSIONS)
         x = _normalized(x, self._norm)
-        hidden = ((1.0 - mask) * NOWHERE)[:, None, None, :]
+        hidden = ((1.0 - mask) * NOWHERE)[:, None, :, None]
         for layer in self._layers:
-            x = _normalized(x + _attended(x, layer, hidden), layer.attention_norm)
-            inner = _gelu(x @ layer.intermediate[0], layer.intermediate[1])
-            x = _normalized(x + (inner @ layer.output[0] + layer.output[1]), layer.output_norm)
+            seen = _seen(x, layer, hidden)
+            x = _normalized(_sum(x, layer.attention_output, seen), layer.attention_norm)
+            inner = self._gelu(layer.intermediate[0](x), layer.intermediate[1])
+            x = _normalized(_sum(x, layer.output, inner), layer.output_norm)
         sums = np.einsum("ntd,nt->nd", x.reshape(count, length, DIMENSIONS), mask)
         pooled = sums / mask.sum(axis=1, keepdims=True)
         unit: Numbers = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
@@ -106,8 +123,8 @@ def model_folder() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
-def open_encoder() -> Encoder:
-    """Return the encoder of the installed package.
+def open_encoder(arithmetic: Arithmetic | None = None) -> Encoder:
+    """Return the encoder of the installed package; see ``Encoder``.
 
     Raises:
         ConfigurationError: The package is not installed, or damaged.
@@ -115,7 +132,7 @@ def open_encoder() -> Encoder:
     folder = model_folder()
     if folder is None:
         raise ConfigurationError(f"The package {PACKAGE}, which contains the model, is not installed; run: {INSTALL}")
-    return Encoder(folder)
+    return Encoder(folder, arithmetic)
 
 
 def _tokenizer_json(path: Path) -> str:
@@ -126,15 +143,17 @@ def _tokenizer_json(path: Path) -> str:
     return text
 
 
-def _arranged(weights: dict[str, Numbers]) -> tuple[Numbers, Numbers, Pair, list[_Layer]]:
+def _arranged(
+    weights: dict[str, Numbers], product_with: Callable[[Numbers], Product]
+) -> tuple[Numbers, Numbers, Pair, list[_Layer]]:
     """Return word vectors, position vectors, the first norm and the layers; raise KeyError if one is missing."""
 
     def norm(name: str) -> Pair:
         return weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
 
-    def dense(*names: str) -> Pair:
+    def dense(*names: str) -> Dense:
         matrix = np.concatenate([weights[f"{name}.weight"] for name in names]).T
-        return np.ascontiguousarray(matrix), np.concatenate([weights[f"{name}.bias"] for name in names])
+        return product_with(matrix), np.concatenate([weights[f"{name}.bias"] for name in names])
 
     layers: list[_Layer] = []
     while f"encoder.layer.{len(layers)}.output.dense.weight" in weights:
@@ -168,24 +187,39 @@ def chunks_of(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _attended(x: Numbers, layer: _Layer, hidden: Numbers) -> Numbers:
-    count, length = hidden.shape[0], hidden.shape[3]
-    parts = (x @ layer.qkv[0] + layer.qkv[1]).reshape(count, length, 3, HEADS, DIMENSIONS // HEADS)
-    query, key, value = parts.transpose(2, 0, 3, 1, 4)
-    scores = query @ key.swapaxes(2, 3) * np.float32((DIMENSIONS // HEADS) ** -0.5) + hidden
-    scores -= scores.max(axis=3, keepdims=True)
+def _seen(x: Numbers, layer: _Layer, hidden: Numbers) -> Numbers:
+    """Return what each token takes over from the others. Its shares of them are a column: numpy's sums of short rows are slow."""
+    count, length = hidden.shape[0], hidden.shape[2]
+    product, bias = layer.qkv
+    parts = product(x)
+    parts += bias
+    query, key, value = parts.reshape(count, length, 3, HEADS, DIMENSIONS // HEADS).transpose(2, 0, 3, 1, 4)
+    scores = key @ query.swapaxes(2, 3)
+    scores *= np.float32((DIMENSIONS // HEADS) ** -0.5)
+    scores += hidden
+    scores -= scores.max(axis=2, keepdims=True)
     np.exp(scores, out=scores)
-    scores /= scores.sum(axis=3, keepdims=True)
-    seen = (scores @ value).transpose(0, 2, 1, 3).reshape(count * length, DIMENSIONS)
-    attended: Numbers = seen @ layer.attention_output[0] + layer.attention_output[1]
-    return attended
+    scores /= scores.sum(axis=2, keepdims=True)
+    seen: Numbers = (scores.swapaxes(2, 3) @ value).transpose(0, 2, 1, 3).reshape(count * length, DIMENSIONS)
+    return seen
+
+
+def _sum(x: Numbers, dense: Dense, y: Numbers) -> Numbers:
+    product, bias = dense
+    total = product(y)
+    total += bias
+    total += x
+    return total
 
 
 def _normalized(x: Numbers, norm: Pair) -> Numbers:
-    centred = x - x.mean(axis=1, keepdims=True)
-    variance = np.einsum("td,td->t", centred, centred)[:, None] / np.float32(DIMENSIONS)
-    normalized: Numbers = centred / np.sqrt(variance + np.float32(EPSILON)) * norm[0] + norm[1]
-    return normalized
+    """Return the layer norm of *x*, computed in *x*."""
+    x -= (x @ MEAN)[:, None]
+    variance = np.einsum("td,td->t", x, x) / np.float32(DIMENSIONS)
+    x *= (1 / np.sqrt(variance + np.float32(EPSILON)))[:, None]
+    x *= norm[0]
+    x += norm[1]
+    return x
 
 
 def _gelu(x: Numbers, bias: Numbers) -> Numbers:
@@ -215,3 +249,11 @@ def _gelu(x: Numbers, bias: Numbers) -> Numbers:
         np.maximum(y, 0, out=y)
         y -= tail
     return x
+
+
+def _float32_product(matrix: Numbers) -> Product:
+    weight = np.ascontiguousarray(matrix)
+    return lambda x: x @ weight
+
+
+FLOAT32 = Arithmetic("float32", _float32_product, _gelu)

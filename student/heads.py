@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Numbers = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -38,6 +39,16 @@ class Head:
         return _sigmoid(scores) if self.is_multiple else _softmax(scores)
 
 
+def one_thread() -> threadpool_limits:
+    """Return a context in which each matrix product has one thread. Enter it in the main thread, around ``fit``.
+
+    scipy has a BLAS of its own. A limit that is set before it is loaded, or in another thread, does not reach its optimiser.
+    """
+    import scipy.optimize  # noqa: F401, PLC0415 - as below
+
+    return threadpool_limits(1, user_api="blas")
+
+
 def fit(
     names: tuple[str, ...],
     features: Numbers,
@@ -55,32 +66,35 @@ def fit(
     from scipy.optimize import minimize  # noqa: PLC0415 - a run with a student does without it
 
     count, width, size = len(features), features.shape[1], len(names)
-    share = (weights / weights.sum())[:, None]
     penalty = 1.0 / (STRENGTH * count)
-    share_targets, totals = share * targets, share * targets.sum(axis=1, keepdims=True)
+    share = weights / weights.sum()
+    # A row for each label: numpy's sums of many short rows are slow.
+    goals = np.ascontiguousarray((share[:, None] * targets).T)
+    totals = goals.sum(axis=0)
 
     def loss(flat: Doubles) -> tuple[float, Doubles]:
-        matrix = flat.astype(np.float32).reshape(width + 1, size)
-        scores = features @ matrix[:width] + matrix[width]
+        matrix = flat.astype(np.float32).reshape(size, width + 1)
+        scores = matrix[:, :width] @ features.T + matrix[:, width:]
+        value = -float((goals * scores).sum(dtype=np.float64))
         if is_multiple:
             # log(1 + e^s) - t s, for each label
-            value = float((share * (np.logaddexp(0, scores) - targets * scores)).sum(dtype=np.float64))
-            error = share * _sigmoid(scores) - share_targets
+            value += float((share * np.logaddexp(0, scores)).sum(dtype=np.float64))
+            error = share * _sigmoid(scores) - goals
         else:
-            top = scores.max(axis=1, keepdims=True)
-            normal = top + np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
-            value = float((totals * normal - (share_targets * scores).sum(axis=1, keepdims=True)).sum(dtype=np.float64))
-            error = totals * np.exp(scores - normal) - share_targets
-        gradient = np.vstack([features.T @ error, error.sum(axis=0, keepdims=True)]).astype(np.float64)
-        inner = flat[: width * size].reshape(width, size)
-        gradient[:width] += penalty * inner
+            top = scores.max(axis=0)
+            normal = top + np.log(np.exp(scores - top).sum(axis=0))
+            value += float((totals * normal).sum(dtype=np.float64))
+            error = totals * np.exp(scores - normal) - goals
+        gradient = np.hstack([error @ features, error.sum(axis=1, keepdims=True)]).astype(np.float64)
+        inner = flat.reshape(size, width + 1)[:, :width]
+        gradient[:, :width] += penalty * inner
         return value + penalty / 2 * float((inner * inner).sum()), gradient.ravel()
 
     start = np.zeros((width + 1) * size)
     options = {"maxiter": ITERATIONS, "ftol": TOLERANCE, "gtol": 1e-6}
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: on_step())
-    matrix = found.x.astype(np.float32).reshape(width + 1, size)
-    return Head(names, is_multiple, np.ascontiguousarray(matrix[:width]), matrix[width].copy())
+    matrix = found.x.astype(np.float32).reshape(size, width + 1)
+    return Head(names, is_multiple, np.ascontiguousarray(matrix[:, :width].T), matrix[:, width].copy())
 
 
 def _softmax(scores: Numbers) -> Numbers:

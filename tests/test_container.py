@@ -36,7 +36,8 @@ EXPORT_PACKAGE = "exporting/"
 RAY_PACKAGE = "cluster/"
 # Imported by embedded/choice.py only if requirements-embedding.txt is installed, as requirements-index.txt does.
 OPTIONAL = {
-    f"embedded/{name}.py" for name in ("minilm", "conversation_vectors", "label_scores", "embedding_classifier")
+    f"embedded/{name}.py"
+    for name in ("minilm", "bfloat16", "conversation_vectors", "label_scores", "embedding_classifier")
 }
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 

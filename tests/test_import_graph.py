@@ -88,7 +88,7 @@ OWNERS = {
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier", "student.model"},
     "threadpoolctl": {
         *("embedding_index.providers.local_embeddings", "embedded.embedding_classifier", "student.built_in"),
-        "commands.student_actions",
+        "student.heads",
     },
     # prompts; the reports; the pages
     "jinja2": {

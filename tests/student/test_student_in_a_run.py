@@ -17,6 +17,8 @@ import pytest
 import student.audit
 from aggregator import aggregate_conversation
 from config.taxonomy import DEFAULT_TAXONOMY
+from embedded.bfloat16 import bfloat16_if_fast
+from embedded.minilm import FLOAT32
 from student.audit_log import AuditLog
 from tests.student.student_site import ConsistentModel, by_student, conversation, fill
 from tests.worker.site import Site, check_directory, until
@@ -56,6 +58,8 @@ def test_training_certifies_a_repetitive_corpus(trained_directory: Path) -> None
     assert "--student 0.98: refused, because" in out
     for name in ("student.safetensors", "vectors.sqlite"):
         assert stat.S_IMODE((trained_directory / "batch_files/student" / name).stat().st_mode) == 0o600
+    arithmetic = bfloat16_if_fast() or FLOAT32
+    assert f"to embed 130 conversations in {arithmetic.name} (" in (trained_directory / "trained.err").read_text()
 
 
 @pytest.mark.usefixtures("audit_none")

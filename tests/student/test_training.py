@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from student.heads import fit
 from student.model import Student, load_student, save_student
 from student.training import Example, train
 
+ROOT = Path(__file__).parents[2]
 NAMES = ("One", "Two", "Three")
 TAXONOMY = Taxonomy((Field("kind", tuple(Label(name, "") for name in NAMES)),))
 WITH_LIST = Taxonomy(
@@ -149,3 +153,17 @@ def test_gradient_is_that_of_the_loss() -> None:
     for is_multiple in (False, True):
         head = fit(("a", "b"), features, targets, weights, is_multiple=is_multiple, on_step=lambda: None)
         assert np.allclose(head.probabilities(features[:1]), [[0.75, 0.25]], atol=1e-3)
+
+
+def test_fit_uses_one_thread_of_each_blas() -> None:
+    """In a new process: a limit that is set before scipy is loaded does not reach scipy's own BLAS."""
+    code = (
+        "from threadpoolctl import threadpool_info\n"
+        "from student.heads import one_thread\n"
+        "with one_thread():\n"
+        "    import scipy.optimize\n"
+        "    found = [each['num_threads'] for each in threadpool_info() if each['user_api'] == 'blas']\n"
+        "assert set(found) == {1}, found"
+    )
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
