@@ -6,7 +6,7 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve index test test-fakes test-thorough check torture bench clean
+.PHONY: help venv run serve index test test-fakes test-slow check torture bench clean
 
 # Settings of pip for other places (also in pip.conf) would break the installation into .venv.
 export PIP_USER = 0
@@ -14,8 +14,8 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
 
 # Relative, because make cannot handle prerequisites with a space, and the path of a checkout may contain one.
 venv_python = .venv/bin/python
-# Test files with more scenarios: tests marked thorough, and random examples.
-thorough = $(shell grep -lE 'mark\.thorough|mostly_thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
+# Test files with more scenarios: tests marked slow or thorough, and random examples.
+thorough = $(shell grep -lE 'mark\.(slow|thorough)|mostly_thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
 packages = config storage network utils domain help_desks model_server worker openai_batch embedded database_docs embedding_index student review evaluation analytics exporting service cluster commands
 modules = $(wildcard *.py) $(packages)
 
@@ -59,10 +59,10 @@ index: .venv/index.stamp ## index and search a sample database with the local mo
 			'  everything else         docs/embedding-index.md')
 
 # Tests start many interpreters; without cached bytecode each compiles every module again.
-test test-fakes test-thorough torture: export PYTHONDONTWRITEBYTECODE =
+test test-fakes test-slow torture: export PYTHONDONTWRITEBYTECODE =
 
 # The product and MongoDB sync each write to the disk. Where memory has 4 GB to spare for files, the tests write there.
-test test-fakes test-thorough: export TMPDIR := $(or $(TMPDIR),$(shell df -k --output=avail /dev/shm 2> /dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}'))
+test test-fakes test-slow: export TMPDIR := $(or $(TMPDIR),$(shell df -k --output=avail /dev/shm 2> /dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}'))
 
 # Many tests wait for processes, timeouts and outages, so two processors can run four tests at a time.
 test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
@@ -71,8 +71,8 @@ test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other tests use; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
-test-thorough: .venv/dev.stamp .venv-prefect/run.stamp ## run the tests that `make test` leaves out; ARGS is for pytest
-	$(venv_python) -m pytest -n 4 --dist worksteal -m thorough $(ARGS)
+test-slow: .venv/dev.stamp .venv-prefect/run.stamp ## run the tests that take seconds of processor time; ARGS is for pytest
+	$(venv_python) -m pytest -n 4 --dist worksteal -m 'slow and not thorough' $(ARGS)
 
 check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .

@@ -1,4 +1,4 @@
-"""The choice of the cases of a test that ``make test`` has; ``make test-thorough`` has the others."""
+"""The choice of the cases of a test that ``make test`` has; ``make torture`` has the others."""
 
 from __future__ import annotations
 

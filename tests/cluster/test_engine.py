@@ -162,7 +162,7 @@ def test_summary_has_the_subset_and_the_urgent_documents(site: Site, nodes: Node
     assert added([RunStats(urgent=1), RunStats(urgent=2)]).urgent == 3
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes: Nodes) -> None:
     """It finishes its calls first, so no call is repeated, and its counts are kept."""
     documents = slowly(site, 60)
@@ -181,7 +181,7 @@ def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes:
     assert model_of(site).stats()["chat_requests"] == stats["successful"] == 60
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_documents_of_a_worker_without_a_node_are_free_at_once(site: Site, nodes: Nodes) -> None:
     """The other worker does them all; it does not wait until leases of 300 s expire."""
     documents = slowly(site, 60)

@@ -46,7 +46,7 @@ def check_once(site: Site, documents: list[dict[str, object]], *, deaths: int) -
     check_calls(site, documents, repeated=2 * CONCURRENCY * deaths)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_run_on_a_cluster_of_its_own(site: Site) -> None:
     """Ray is started and ended by the command, and nothing of it remains."""
     documents = filled(site, 40)

@@ -121,7 +121,7 @@ def test_sample_of_all_remaining_documents_reports_completion(site: Site) -> Non
     assert report == {"left": 0, "sample": None, "message": "Nothing is left to classify."}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_interrupted_sample_keeps_its_results(site: Site) -> None:
     """The message after Ctrl-C has the number of results."""
     assert site.model is not None

@@ -44,7 +44,7 @@ def faults_of(documents: list[Document]) -> list[dict[str, object]]:
     return entries
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_random_kills(site: Site, request: pytest.FixtureRequest) -> None:
     """``kill -9`` at random moments: each document has one result, and few calls are repeated."""
     kills = request.config.getoption("--kills")

@@ -254,8 +254,8 @@ def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth
     site.check()
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("source", ["database", "conversations"])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
 def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureRequest) -> None:
     """One job is killed repeatedly (SIGKILL): each stored answer was paid for once."""
     kills = request.config.getoption("--kills") * (6 if source == "database" else 3) // 10

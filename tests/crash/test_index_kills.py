@@ -15,7 +15,7 @@ FIRST = 100
 PRELOADED = ("embedding_index.vector_search",)  # not chromadb: other tests look whether a process loads it
 
 
-pytestmark = [pytest.mark.usefixtures("large"), pytest.mark.thorough]
+pytestmark = pytest.mark.usefixtures("large")
 
 
 def start(folder: Path, *arguments: object) -> PipedProcess:
@@ -27,9 +27,10 @@ KILLS: list[tuple[str, float | None]] = [("done 350", 0.0), ("done 850", 0.01)]
 KILLS += [("publishing", number / 10) for number in range(8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "more_s", "lot"),
-    [("publishing", None, 50), *((*kill, 250) for kill in KILLS)],
+    [("publishing", None, 50), *(pytest.param(*kill, 250, marks=pytest.mark.thorough) for kill in KILLS)],
 )
 def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(
     tmp_path: Path, line: str, more_s: float | None, lot: int
@@ -59,6 +60,7 @@ def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(
         assert len(list((tmp_path / "chroma").iterdir())) == 1
 
 
+@pytest.mark.thorough
 def test_readers_follow_a_writer_in_another_process(tmp_path: Path) -> None:
     """Readers see entries in their order and every search is right while graphs are replaced."""
     make_index(tmp_path, range(100))

@@ -88,7 +88,7 @@ def fail_point(site: Site, mode: Any, **data: Any) -> Iterator[None]:
     assert served > 0, "the fail point struck nothing"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_mongod_is_killed_and_comes_back(place: Site, server: EmbeddedMongod, tmp_path: Path) -> None:
     """The run waits for it and ends complete; no answer is asked for again."""
     documents = filled_with_all_shapes(place, 60)
@@ -260,7 +260,7 @@ def test_results_that_are_there_already(site: Site, tmp_path: Path) -> None:
     check_exactly_once(site, documents)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("refusal", ["by a rule", pytest.param("too large", marks=pytest.mark.thorough)])
 def test_a_result_that_mongodb_will_never_take(site: Site, refusal: str) -> None:
     """It goes to quarantine alone; the results that were in the same group are stored."""

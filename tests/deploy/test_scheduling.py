@@ -124,9 +124,9 @@ def run_flow(site: Site, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=site.folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not PREFECT.exists(), reason="Prefect is not installed: make test-thorough")
+@pytest.mark.skipif(not PREFECT.exists(), reason="Prefect is not installed: make test-slow")
 def test_flow_labels_and_writes_its_files_and_fails_with_the_command(site: Site) -> None:
     """A wrong setting (exit code 2) ends the flow with the sentence of the command, and nothing is reported."""
     filled(site, 3)

@@ -136,7 +136,7 @@ def test_rebuild_with_the_same_model_makes_no_call(site: IndexSite) -> None:
     assert site.calls == calls + 1, "only the search was a call"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_large_index_is_searched_through_a_graph_that_can_be_lost(
     site: IndexSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def mongo(site: IndexSite, mongodb_uri: str, db_name: str) -> Iterator[Database[
         yield client[db_name]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded_model")
 def test_postgresql_from_its_catalogue_to_a_hit(site: IndexSite, postgres: Postgres) -> None:
     """Schemas, comments and keys are documented, a search finds refunds first, and no output shows the password."""

@@ -201,7 +201,7 @@ def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
     assert "25 documents may cost up to" in refused.err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_unsent_files_are_priced_by_their_own_model(job: Job, openai: FakeOpenAI) -> None:
     """The settings have changed since: the files still ask the dear model for long answers."""
     openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
@@ -229,7 +229,7 @@ def test_max_cost_refuses_before_sending(job: Job, openai: FakeOpenAI) -> None:
     assert job.statuses() == {"completed": 25}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_max_cost_holds_for_the_whole_run(job: Job, openai: FakeOpenAI) -> None:
     """Documents that become pending again were not in the sum, so they wait for another start."""
     openai.configure(faults=[{"kind": "line_status", "status": 500, "when": {"from": 1, "to": 1}, "times": 3}])
@@ -342,7 +342,7 @@ def test_mongodb_away_is_exit_code_3(job: Job) -> None:
             assert process.returncode == 3, err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_output_has_no_secret_and_no_document_text(job: Job, openai: FakeOpenAI) -> None:
     """Also for failures, tracebacks and --verbose. Only a dry run prints texts."""
     job.documents.update_many({}, {"$set": {"text": "CANARY-TEXT-1"}})

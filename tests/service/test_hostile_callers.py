@@ -185,7 +185,7 @@ def test_head_beyond_the_limit_gets_431(quick: ServiceProcess) -> None:
         assert sock.recv(12) == b"HTTP/1.1 431"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_malicious_bodies_are_rejected_within_bounded_memory(quick: ServiceProcess) -> None:
     """Compressed, deep, repetitive and numerous bodies get a 4xx each, and memory stays."""
     before = psutil.Process(quick.process.pid).memory_info().rss

@@ -95,7 +95,7 @@ def test_job_is_durable_then_labelled_and_its_text_is_removed(
         assert database[name].count_documents({"expires_at": head["expires_at"]}) == database[name].count_documents({})
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_kill_in_the_middle_of_a_job_loses_nothing_and_labels_nothing_twice(
     site: Callable[..., Any], database: Data
 ) -> None:

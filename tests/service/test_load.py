@@ -33,7 +33,7 @@ async def ask_at_once(service: ServiceProcess, count: int) -> list[tuple[int, st
         return await asyncio.gather(*(ask() for _ in range(count)))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 async def test_thousand_concurrent_requests_get_200_or_503_within_the_model_limit(tmp_path: Path) -> None:
     """Four places and a queue of twenty; the others are turned away at once, to come back at different times."""
     with FakeOllama(slots=4, latency_s=0.2, user_message=0) as fake:

@@ -53,7 +53,7 @@ def review(tmp_path: Path, settings: dict[str, str]) -> Iterator[ServiceProcess]
         yield process
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 async def test_all_pages_work_by_keyboard_in_a_browser(
     dashboard: ServiceProcess, review: ServiceProcess, database: Data
 ) -> None:

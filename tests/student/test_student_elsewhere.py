@@ -90,7 +90,7 @@ def test_embedded_run_with_the_student(
     assert "using the built-in classifier student-" in ended.err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 async def test_disagreement_of_the_student_orders_the_review_queue(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]], trained_directory: Path
 ) -> None:

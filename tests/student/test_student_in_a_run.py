@@ -168,7 +168,7 @@ def test_mixed_models_have_no_student(school: School) -> None:
     assert model.asked == []
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_withdrawn_student_labels_no_identical_conversation(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers from before the drift are not copied: the model labels the rest of the run."""
     site, model = school

@@ -123,7 +123,7 @@ def test_lists_of_labels_are_stored_and_copied_to_identical_conversations(site: 
     assert site.results.count_documents({"classification.channels": channel}) == 3
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_llama_cpp_accepts_the_schema_of_a_list(
     engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str, site: Site
 ) -> None:

@@ -21,8 +21,6 @@ from model_server.protocol import ServerRequest
 from tests.fakes.tiny_engine import TinyEngine
 from tests.fakes.trained_model import MISSING, NAME, model_path, trained_engine
 
-pytestmark = pytest.mark.thorough
-
 CACHED_SHARE = 0.9
 WINDOW = 4096
 
@@ -95,12 +93,14 @@ async def require_cached_calls(engine: TinyEngine, slots: int) -> None:
     require_cached([*calls[slots:], *classify_one_by_one(engine, 2)])
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.thorough)])
 async def test_second_call_reads_the_constant_prompt_from_the_cache(tiny_model: Path, slots: int) -> None:
     with TinyEngine(tiny_model, slots=slots, name=NAME) as engine:
         await require_cached_calls(engine, slots)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 async def test_trained_model_reads_the_constant_prompt_from_the_cache() -> None:
     if (model := model_path()) is None:

@@ -29,7 +29,7 @@ def await_expiry(site: Site) -> None:
     until(lambda: leases.count_documents({"expires_at": {"$gt": datetime.now(UTC)}}) == 0)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_other_workers_take_over_after_a_death(site: Site) -> None:
     """Each document is asked for once, but for those in flight at the death; none has two results."""
     documents = documents_of_all_shapes(120)

@@ -24,8 +24,6 @@ from tests.worker.stream_site import following, grow, has_result, until
 from worker.intake import RunOptions
 from worker.stream import StreamIntake
 
-pytestmark = pytest.mark.thorough
-
 STREAM = ("--mode", "stream", "--settle-s", "0")
 
 
@@ -54,11 +52,13 @@ def kill_while_it_follows(site: Site, seam: str) -> None:
     assert requests(site) in (3, 4, 5)  # each of the two calls in flight may be repeated
 
 
-@pytest.mark.parametrize("seam", ["answered", "results_written"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seam", [pytest.param("answered", marks=pytest.mark.thorough), "results_written"])
 def test_killed_worker_loses_nothing_and_does_nothing_twice(there: Site, seam: str) -> None:
     kill_while_it_follows(there, seam)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "seam", ["claimed", "pending_saved", "started", "asked", "answer_received", "before_write", "marked", "completed"]
 )
@@ -67,6 +67,7 @@ def test_killed_worker_at_other_places(there: Site, seam: str) -> None:
     kill_while_it_follows(there, seam)
 
 
+@pytest.mark.slow
 async def test_stream_goes_on_after_the_primary_has_stepped_down(there: Site) -> None:
     """The only member steps up again after a second."""
     async with following(there, mongodb_max_retries=10):
@@ -125,6 +126,7 @@ class Cable:
         writer.close()
 
 
+@pytest.mark.slow
 async def test_what_changes_while_the_network_is_cut_is_found_afterwards(
     there: Site, members: ReplicaSetMongod, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -144,6 +146,7 @@ async def test_what_changes_while_the_network_is_cut_is_found_afterwards(
     assert requests(there) == 3
 
 
+@pytest.mark.thorough
 async def test_two_workers_share_the_stream(there: Site) -> None:
     """Both see each change, and one of them labels the conversation."""
     async with following(there), following(there.sibling("second")):
@@ -155,6 +158,7 @@ async def test_two_workers_share_the_stream(there: Site) -> None:
     assert requests(there) == 11
 
 
+@pytest.mark.slow
 async def test_document_in_work_is_not_taken_again(there: Site) -> None:
     """Each sweep sees it, because it has no result and its lease is this worker's own."""
     assert there.model is not None
@@ -165,6 +169,7 @@ async def test_document_in_work_is_not_taken_again(there: Site) -> None:
     assert requests(there) == 1
 
 
+@pytest.mark.slow
 def test_sweep_finds_what_no_change_announced(there: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost change costs the time until the next sweep."""
 
@@ -186,6 +191,7 @@ def test_sweep_finds_what_no_change_announced(there: Site, monkeypatch: pytest.M
     asyncio.run(follow())
 
 
+@pytest.mark.thorough
 async def test_primary_of_three_members_is_killed(model: FakeOllama, tmp_path: Path) -> None:
     """Another member becomes primary; each conversation gets one result, before, during and after it."""
     arguments = ("--replSet", "three", "--oplogSize", "64")

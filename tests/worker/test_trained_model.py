@@ -1,7 +1,7 @@
 """Worker, service and synchronous wrapper with a model that was trained: SmolLM2 on llama.cpp.
 
-All are thorough: reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process
-with another engine.
+Reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process with another engine.
+So one test has everything that needs answers and is not marked thorough, but slow.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from tests.fakes.trained_model import (
 )
 from tests.service.service_process import serve
 from tests.worker.engine_run import SAMPLES, run_worker
-
-pytestmark = pytest.mark.thorough
 
 WHOLE_RUN_S = 500.0
 SMALL_WINDOW, LARGE_WINDOW = 1536, 4096
@@ -100,6 +98,7 @@ def require_labels(result: dict[str, Any], taxonomy: Taxonomy) -> None:
     assert 15 < seen["reply_tokens"] < 400
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_worker_and_service_label_a_conversation(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
@@ -135,6 +134,7 @@ def test_worker_and_service_label_a_conversation(
     assert answer.json["messages"][0]["text"] == HOSTILE
 
 
+@pytest.mark.slow
 def test_conversation_has_no_control_tokens_of_the_model(trained: TinyEngine, taxonomy_file: Path) -> None:
     """The engine finds only those of its chat template. In the same text without look-alikes it finds more."""
 
@@ -150,6 +150,7 @@ def test_conversation_has_no_control_tokens_of_the_model(trained: TinyEngine, ta
         assert len(controls(chat_messages(build_system_prompt(taxonomy), raw))) > len(template) == 5, token
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_conversation_is_truncated_after_a_refusal(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
@@ -182,6 +183,7 @@ def large() -> Iterator[TinyEngine]:
         yield running
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("with_shipped_labels", [False, True], ids=["few labels", "labels as shipped"])
 def test_worker_labels_more_conversations(
@@ -206,6 +208,7 @@ def test_worker_labels_more_conversations(
         assert seen["prompt_tokens"] == len(prompt_tokens(large, messages))
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_long_conversation_uses_a_large_window(
     large: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
