@@ -24,6 +24,7 @@ def run_script(service: ScriptedService, *flags: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_every_answer_is_counted(tmp_path: Path) -> None:
     """200, and 503 with Retry-After, are accepted; all requests differ."""
     output = tmp_path / "load.json"

@@ -39,6 +39,7 @@ OF_OTHERS = {
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["cli.py", pytest.param("run_batch_processor.py", marks=pytest.mark.thorough)])
 def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None:
     """From its first line to its summary, as the interpreter itself tells it."""

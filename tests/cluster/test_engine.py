@@ -201,6 +201,7 @@ def test_documents_of_a_worker_without_a_node_are_free_at_once(site: Site, nodes
     assert model_of(site).stats()["chat_requests"] == stats["successful"] == 60
 
 
+@pytest.mark.slow
 def test_documents_of_a_lost_worker_are_taken_over(site: Site, nodes: Nodes) -> None:
     """The other worker waits until the leases have expired; the command tells that a worker was lost."""
     documents = slowly(site, 60)
@@ -218,6 +219,7 @@ def test_documents_of_a_lost_worker_are_taken_over(site: Site, nodes: Nodes) -> 
     assert stats["workers"][1]["error"] is None
 
 
+@pytest.mark.slow
 def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes) -> None:
     """Calls in flight are finished: no call is repeated."""
     documents = slowly(site, 60)
@@ -298,6 +300,7 @@ async def test_time_held_back_is_the_sum_of_all_passes() -> None:
     assert ended.held_back_s == 5.0
 
 
+@pytest.mark.slow
 def test_limit_is_shared_by_the_workers(site: Site, nodes: Nodes) -> None:
     filled(site, 60)
     ended, stats = run(site, "--limit", "7", "--workers", "3")

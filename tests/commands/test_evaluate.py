@@ -281,6 +281,7 @@ def test_fail_under_without_gold_of_the_field_fails(judged: Site) -> None:
     assert "There is no accuracy of topic" in ended.out
 
 
+@pytest.mark.slow
 def test_compare_two_collections_with_gold(judged: Site) -> None:
     """B corrects the five errors of A and makes a new one: 5 against 1, p = 14 / 64."""
     better = [result(number, gold_lines()[number]["sentiment"], model="m2") for number in range(30)]

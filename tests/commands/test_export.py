@@ -479,6 +479,7 @@ def test_old_file_stays_if_the_export_fails(place: Site, name: str, monkeypatch:
     assert [path.name for path in place.folder.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_stdout_gets_utf8_in_any_locale_and_nothing_else(place: Site) -> None:
     place.results.insert_one(result(0, categorization="Größe 50 € 漢字"))
     done = subprocess.run(

@@ -160,6 +160,7 @@ def test_agreement_of_two_reviewers(typed: Callable[..., tuple[int, str, str]], 
     assert rows[2][:6] == ["sentiment", "anna,", "ben", "3", "100%", "undefined"]
 
 
+@pytest.mark.slow
 def test_review_on_a_terminal(place: Site) -> None:
     """Keys act without Enter and are not shown; afterwards the terminal is as before, also after Ctrl-C."""
     shown, code, flags = on_terminal(place, [("conversation 1", "2"), ("(corrected)", "\n"), ("conversation 2", "q")])

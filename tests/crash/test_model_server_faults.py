@@ -86,6 +86,7 @@ def test_an_outage_costs_no_document_an_attempt(site: Site, tmp_path: Path) -> N
     assert "queued for retry" not in ended.err
 
 
+@pytest.mark.slow
 def test_an_outage_beyond_the_limit(site: Site) -> None:
     """The run ends with exit code 3; the documents wait, and the next run finishes them."""
     documents = filled(site, 60)
@@ -211,6 +212,7 @@ def test_hopeless_documents_end_in_quarantine(site: Site) -> None:
     assert reasons == {"label_outside"}
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run(site: Site) -> None:
     """More than a tenth: exit code 4. What failed then does not stop the next run, where a single one fails."""
     documents = filled(site, 200)

@@ -103,6 +103,7 @@ def test_run_resumes_after_kill_at_any_step(point: str, nth: int, job: Job, open
     job.check_complete(openai)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faults", "points"),
     [
@@ -184,6 +185,7 @@ def test_run_resumes_after_a_signal_in_any_phase(phase: str, job: Job, openai: F
     job.check_complete(openai)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "method"),
     [

@@ -74,6 +74,7 @@ def test_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Sig
     finish(site, documents, repeated=0)
 
 
+@pytest.mark.slow
 def test_a_stop_while_earlier_work_is_recovered_takes_no_new_work(site: Site) -> None:
     """Neither the rest of the recovered batch nor a fresh page is begun after the signal."""
     documents = filled_with_all_shapes(site, 30)
@@ -174,6 +175,7 @@ def test_short_pause_is_harmless(site: Site) -> None:
     check_calls(site, documents, repeated=0)
 
 
+@pytest.mark.slow
 def test_pause_longer_than_the_lease_repeats_no_document_of_others(site: Site) -> None:
     """Another worker takes over meanwhile; the first one wakes up, finds it out, and stores nothing twice."""
     documents = filled_with_all_shapes(site, 30)

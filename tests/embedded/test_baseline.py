@@ -202,6 +202,7 @@ class TestMatching:
             BaselineClassifier(own_taxonomy({"Other": []}, (*kept, "Mixed")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

@@ -229,6 +229,7 @@ class TestWithoutPackages:
             EmbeddingClassifier(SHIPPED)
 
 
+@pytest.mark.slow
 def test_neither_scikit_learn_nor_scipy_is_imported() -> None:
     """They would double the time of a start."""
     code = (

@@ -89,6 +89,7 @@ def found(service: ServiceProcess, text: str) -> list[dict[str, Any]]:
     return list(answer.json["hits"])
 
 
+@pytest.mark.slow
 def test_past_conversations_are_found_by_meaning_and_forgotten_with_mongodb(place: Place, tmp_path: Path) -> None:
     """A running service finds new and relabelled conversations, and no deleted ones."""
     with serve(tmp_path, **place.variables) as service:

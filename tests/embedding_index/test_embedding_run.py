@@ -552,6 +552,7 @@ def test_a_dead_server_ends_the_run_and_what_was_stored_is_kept(runs: Runs) -> N
     assert set(runs.billed().values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_is_waited_for(runs: Runs) -> None:
     runs.fake.configure(latency_s=0.02)
     texts = short_texts(150)

@@ -64,6 +64,7 @@ def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "remedy"),
     [

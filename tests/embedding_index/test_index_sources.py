@@ -73,6 +73,7 @@ def test_postgresql_from_its_catalogue_to_a_hit(site: IndexSite, postgres: Postg
         assert secret.encode() not in site.files()
 
 
+@pytest.mark.slow
 def test_conversations_beside_the_database(site: IndexSite, mongo: Database[dict[str, Any]]) -> None:
     """They are estimated, indexed, found, relabelled and removed; no log, output or file has their texts."""
     log = site.folder / "index.log"

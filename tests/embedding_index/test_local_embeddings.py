@@ -190,6 +190,7 @@ def test_damaged_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d
         LocalProvider(load_index_settings(None, **LOCAL))
 
 
+@pytest.mark.slow
 @needs_model
 def test_neither_pytorch_nor_the_package_itself_is_imported() -> None:
     """The package imports sentence-transformers where it is installed."""

@@ -72,6 +72,7 @@ assert logging.getLogger().handlers == [] and logging.getLogger().level == loggi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter knows the system calls of x86-64")
 def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
     """It opens no socket, writes no file to the home folder and leaves logging unchanged; a small index does not load it."""

@@ -264,6 +264,7 @@ def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Pat
     assert_finds(tmp_path, range(11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -195,6 +195,7 @@ def test_a_label_costs_few_tokens_and_the_prompt_is_read_once(
     assert [path for path, _, _ in calls].count("/tokenize") == len(taxonomy.fields)
 
 
+@pytest.mark.slow
 def test_each_conversation_keeps_a_slot_until_its_last_label(tiny_model: Path, taxonomy: Taxonomy) -> None:
     """More conversations at once than slots: none takes the cache from another, and the labels are those of a lone one."""
     classifier, calls = Classifier(taxonomy, "fit", "score"), Calls()

@@ -73,6 +73,7 @@ def test_status_without_ledger_creates_none(job: Job, openai: FakeOpenAI) -> Non
     assert openai.requests() == []
 
 
+@pytest.mark.slow
 def test_run_is_exclusive_and_resumes_after_sigterm(job: Job, openai: FakeOpenAI) -> None:
     """status works during a run; SIGTERM exits with 130; the next run pays for nothing twice."""
     openai.configure(polls_until_done=0)
@@ -123,6 +124,7 @@ def test_failed_documents_are_exit_code_1(job: Job, openai: FakeOpenAI) -> None:
     assert job.statuses() == {"completed": 24, "failed": 1}
 
 
+@pytest.mark.slow
 def test_cancel_keeps_answers_and_returns_the_rest(job: Job, openai: FakeOpenAI) -> None:
     """Answers that were paid for are applied; a later run sends the other documents only."""
     openai.configure(polls_until_done=0, faults=[{"kind": "cancel", "done": 0.4, "when": {"batches": []}}])

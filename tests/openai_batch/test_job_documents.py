@@ -410,6 +410,7 @@ def test_lone_surrogate_in_answer_is_replaced() -> None:
     assert re.fullmatch(r"[\x20-\x7e]+", line.content or "")
 
 
+@pytest.mark.slow
 def test_document_that_has_ended_gets_a_full_set_of_attempts(job: Job, openai: FakeOpenAI) -> None:
     """One that is asked again after each change, and one that an operator makes pending again after its failure."""
     job.batch = {"max_retries": 2}
@@ -427,6 +428,7 @@ def test_document_that_has_ended_gets_a_full_set_of_attempts(job: Job, openai: F
     assert job.documents.find_one({"_id": 1})["processing_info"]["attempts"] == 2  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_unsent_file_whose_documents_are_pending_again_is_not_sent(job: Job, openai: FakeOpenAI) -> None:
     """Another program, or the operator, has set their status: they are sent once, in another file."""
     job.fill(12)
@@ -440,6 +442,7 @@ def test_unsent_file_whose_documents_are_pending_again_is_not_sent(job: Job, ope
     assert openai.stats()["lines_billed"] == 12
 
 
+@pytest.mark.slow
 def test_job_of_another_server_is_refused_and_loses_no_answer(job: Job, openai: FakeOpenAI) -> None:
     """The same database and collection names, and even the same documents, but none of them was sent from there."""
     job.fill(5)

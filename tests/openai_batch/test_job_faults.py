@@ -260,6 +260,7 @@ def is_usual(name: str) -> bool:
     return name not in MORE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=name, marks=() if is_usual(name) else pytest.mark.thorough) for name, case in CASES.items()],

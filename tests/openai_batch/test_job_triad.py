@@ -268,6 +268,7 @@ def text_hash(document: dict[str, Any]) -> str:
     return aggregate_conversation(document).transcript_sha256
 
 
+@pytest.mark.slow
 def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each conversation is labelled by one of them."""
     documents = [document for document in documents_of_all_shapes(120) if user_message(document) is not None]

@@ -87,6 +87,7 @@ def test_medical_schema_masks_and_restores(site: Job) -> None:
     assert site.documents.count_documents({"ai_status": "pending", "needs_preparation": True}) == 1
 
 
+@pytest.mark.slow
 def test_mask_flag_of_another_start_neither_leaks_nor_leaves_placeholders(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:

@@ -186,6 +186,7 @@ def test_payload_in_data_stays_text(payload: str, canary: dict[str, str], plain:
     assert fill(template, text, NOW, "batch_1") == {"$set": {"a": text, "b": f"says {text}."}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bomb", "setting"), in_both_prompts(BOMBS, often=6, usual=len(BOMBS)))
 def test_bombs_end(bomb: str, setting: str) -> None:
     """AT-8: with a clear error, and without memory of this process."""

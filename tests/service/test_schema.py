@@ -51,6 +51,7 @@ def schemathesis(service: ServiceProcess, folder: Path, paths: str, *options: st
     return ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("phases", "taxonomy", "paths"),

@@ -339,6 +339,7 @@ def test_searches_run_one_at_a_time_with_a_bounded_queue(tmp_path: Path) -> None
         assert events == ["begin", "end"] * statuses.count(200)
 
 
+@pytest.mark.slow
 def test_search_ends_at_the_request_deadline(tmp_path: Path) -> None:
     """504; the thread ends what it has begun, and the next search is answered."""
     write_index(tmp_path, search_s=1.5)

@@ -42,11 +42,13 @@ def withdrawn_without_cause(corpora: list[Outcome]) -> float:
     return float(np.mean([corpus.withdrawal is not None and corpus.withdrawal < corpus.drift for corpus in corpora]))
 
 
+@pytest.mark.slow
 def test_promise_is_broken_in_at_most_5_percent_of_the_corpora() -> None:
     """Over the whole run, with the labels that were taken after a drift."""
     assert broken(outcomes(), PROMISE) <= 0.05
 
 
+@pytest.mark.slow
 def test_half_of_the_calls_are_saved_on_repetitive_corpora() -> None:
     """Audit and refused students included."""
     assert np.mean([corpus.saved for corpus in of_kind("repetitive", outcomes())]) >= 0.5

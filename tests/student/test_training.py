@@ -155,6 +155,7 @@ def test_gradient_is_that_of_the_loss() -> None:
         assert np.allclose(head.probabilities(features[:1]), [[0.75, 0.25]], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_fit_uses_one_thread_of_each_blas() -> None:
     """In a new process: a limit that is set before scipy is loaded does not reach scipy's own BLAS."""
     code = (

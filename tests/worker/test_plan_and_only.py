@@ -214,6 +214,7 @@ def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
     assert "use one of them" in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seam",
     [

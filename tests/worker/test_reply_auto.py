@@ -87,6 +87,7 @@ def test_model_that_goes_away_is_no_style_that_was_measured(site: Site) -> None:
     assert not (site.directory / FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lost", "code"), [(1, 0), (30, 3)])
 def test_lost_call_does_not_lose_the_measurement(site: Site, lost: int, code: int) -> None:
     """It says nothing about a style. Many say nothing about any."""
@@ -153,6 +154,7 @@ def test_style_that_is_right_more_often_is_used(site: Site) -> None:
     assert chosen(site)["style"] == "list"
 
 
+@pytest.mark.slow
 def test_least_sample_is_the_smallest_that_can_reach_the_bound() -> None:
     assert lower_bound(LEAST_SAMPLE, LEAST_SAMPLE) >= LEAST_AGREEMENT > lower_bound(LEAST_SAMPLE - 1, LEAST_SAMPLE - 1)
 

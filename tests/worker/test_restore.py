@@ -49,6 +49,7 @@ def old_directory(tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.slow
 def test_old_state_directory_costs_no_call(site: Site, old_directory: Path) -> None:
     """Its batches and answers are known to MongoDB by now."""
     documents = killed_run(site)
@@ -95,6 +96,7 @@ def test_old_database_and_new_state_directory(site: Site) -> None:
     assert requests(site) - calls <= COUNT - kept
 
 
+@pytest.mark.slow
 def test_dropped_and_restored_database_needs_a_new_state_directory(site: Site) -> None:
     """Unfinished work of the dropped collection is refused; a new worker waits for the leases of the old one."""
     site.settings["LEASE_S"] = "1"

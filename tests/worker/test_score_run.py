@@ -148,6 +148,7 @@ def test_stopped_run_ends_its_conversations_and_asks_none_again(site: Site, tmp_
         assert len(server.chats) == 4 * COUNT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", ["before_write", "answered"])
 def test_killed_run_keeps_the_labels_that_it_has(site: Site, tmp_path: Path, seam: str) -> None:
     with fake_vllm(Vllm(WEIGHTS)) as server:

@@ -205,6 +205,7 @@ def test_server_away_at_the_start_joins_later(site: Site, second: FakeOllama) ->
     assert {record["options"]["num_ctx"] for record in second.requests()} == {4096}, "the window of the others"
 
 
+@pytest.mark.slow
 def test_killed_server_costs_its_calls_in_flight_and_no_attempt(site: Site, second: FakeOllama) -> None:
     """Exactly the calls that it has not answered are asked elsewhere, while it is dead. It comes back by its probe."""
     model_of(site).configure(latency_s=0.05)
