@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from config import Taxonomy
+from config.taxonomy import Field
 from error_handler import ConfigurationError
 from student.certificate import certify
 from student.features import Numbers
@@ -52,7 +55,8 @@ def train(
 
     A hash of the conversation puts it into the half that is learned or into the held-out half (at most MOST_HELD_OUT). It is
     the same at each training, so that nobody gets a certificate by training until a lucky split. *imitated* is the model
-    of the labels, its digest and the plan. *on_step* gets the field and the number of each iteration.
+    of the labels, its digest and the plan. *on_step* gets the field and the number of each iteration, in a thread for
+    each field.
 
     Raises:
         ConfigurationError: There are too few examples.
@@ -75,7 +79,7 @@ def train(
         steps = _Steps(field.name, on_step)
         return fit(field.names, seen, targets, weights, is_multiple=field.is_multiple, on_step=steps)
 
-    # The fields are independent, and most of the time is spent in matrix products.
+    # The fields are independent, and numpy's products let other threads of Python run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         heads = dict(zip(taxonomy.field_names, threads.map(fitted, taxonomy.fields), strict=True))
     fields, multiple = fields_of(taxonomy)
