@@ -45,7 +45,7 @@ Dense = tuple[Product, Numbers]
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """The two dearest steps. *product_with* returns the product with a matrix. *gelu* takes rows, which it changes, and a bias."""
+    """The two most expensive steps. *product_with* returns the product with a matrix; *gelu* changes its rows, given their bias."""
 
     name: str
     product_with: Callable[[Numbers], Product]
