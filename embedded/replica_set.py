@@ -15,6 +15,7 @@ from embedded.mongod import POLL_S, START_TIMEOUT_S, EmbeddedMongod
 from error_handler import ConfigurationError
 
 NAME = "rs0"
+INVALID = "InvalidReplicaSetConfig"
 
 
 class ReplicaSetMongod(EmbeddedMongod):
@@ -40,13 +41,7 @@ class ReplicaSetMongod(EmbeddedMongod):
         super().start()
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
-            try:
-                self._become_primary()
-            except PyMongoError as exc:
-                raise ConfigurationError(
-                    f"The embedded MongoDB cannot become the replica set {NAME} in its folder; see mongod.log there, or move the "
-                    "folder away."
-                ) from exc
+            self._become_primary()
             undo.pop_all()
 
     def _become_primary(self) -> None:
@@ -76,5 +71,16 @@ class ReplicaSetMongod(EmbeddedMongod):
             name = (exc.details or {}).get("codeName")
             if name == "NotYetInitialized":
                 client.admin.command("replSetInitiate", config)
-            elif name == "InvalidReplicaSetConfig":  # it had another port
-                client.admin.command("replSetReconfig", config, force=True)
+            elif name == INVALID:  # it had another port
+                self._reconfigure(client, config)
+
+    def _reconfigure(self, client: MongoClient[dict[str, Any]], config: dict[str, Any]) -> None:
+        try:
+            client.admin.command("replSetReconfig", config, force=True)
+        except OperationFailure as exc:
+            if (exc.details or {}).get("codeName") != INVALID:
+                raise
+            raise ConfigurationError(
+                f"The folder of the embedded MongoDB belongs to another replica set than {NAME}; move the folder away, or start a "
+                "mongod of your own with it and set MONGODB_URI."
+            ) from exc
