@@ -188,7 +188,7 @@ def chunks_of(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _seen(x: Numbers, layer: _Layer, hidden: Numbers) -> Numbers:
-    """Return what each token takes over from the others. Its shares of them are a column: numpy's sums of short rows are slow."""
+    """Return the attention output of each token. The weights of a token are a column, because numpy sums short rows slowly."""
     count, length = hidden.shape[0], hidden.shape[2]
     product, bias = layer.qkv
     parts = product(x)

@@ -89,8 +89,8 @@ class CorrectionStore:
         found = correction_of(document)
         if found is None:
             _warn(
-                f"{self.name} has documents without source_conversation_id, field or label (to); they are ignored, because they "
-                "are no corrections"
+                f"{self.name} has documents without source_conversation_id, field or label (to); they are not corrections "
+                "and are ignored"
             )
         return [] if found is None else [found]
 

@@ -37,8 +37,8 @@ def require_one_model(settings: Settings) -> None:
     """Raise ConfigurationError if several models may answer: a student can imitate, and be compared with, only one."""
     if settings.allow_mixed_models and len(settings.ollama_endpoints) > 1:
         raise ConfigurationError(
-            "A student imitates one model, and --allow-mixed-models (ALLOW_MIXED_MODELS) lets several answer; leave one of the "
-            "two out."
+            "A student imitates one model, and --allow-mixed-models (ALLOW_MIXED_MODELS) lets several answer; use only one of "
+            "the two."
         )
 
 

@@ -219,7 +219,7 @@ def test_corrections_of_another_program_count_or_are_named_once(place: Site) -> 
     assert code == 0, err
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["intent"] for row in rows] == ["Other", "Other", result(2)["classification"]["intent"]]
-    assert err.count("they are ignored, because they are no corrections") == 1
+    assert err.count("they are not corrections and are ignored") == 1
 
 
 def test_result_of_a_student_is_marked(place: Site) -> None:
